@@ -1,0 +1,1 @@
+"""Exact full-vocabulary divergences that never hold the vocabulary (see `kernels.api`)."""

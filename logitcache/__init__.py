@@ -1,0 +1,1 @@
+"""An offline cache of a teacher's next-token distributions."""

@@ -1,0 +1,99 @@
+"""The two abilities an engine can have: to score sequences and to generate them.
+
+Seams are named by what they do to tokens. An implementation owes what its protocol's docstring says;
+`tests/` holds one contract suite that all of them pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from logitcache.records import Head, TeacherTargets, TokenSequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKRequest:
+    """Keep, in each row, the likeliest tokens with probability >= `min_probability`, at most `max_k`.
+
+    `mass` < 1 additionally stops once the kept mass reaches it (nucleus). At least one token is kept.
+    """
+
+    max_k: int = 64
+    min_probability: float = 0.0
+    mass: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenStateRequest:
+    """The state after the final norm, in the engine's precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullVocabRequest:
+    """Every log-probability."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledRequest:
+    """`samples` draws from each row's distribution at temperature 1, seeded by the sequence's content."""
+
+    samples: int = 64
+
+
+TargetRequest = TopKRequest | HiddenStateRequest | FullVocabRequest | SampledRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn.
+
+    The defaults are the paper's (arXiv 2605.16826): temperature 1, top-p 0.95, top-k 20. Temperature 0 is greedy.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 20
+    samples_per_problem: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt to continue: its token ids and the problem it came from."""
+
+    problem_id: str
+    token_ids: tuple[int, ...]
+
+
+class Scorer(Protocol):
+    """Runs a teacher over given tokens (teacher-forced prefill)."""
+
+    @property
+    def head(self) -> Head:
+        """The teacher's output head, padding rows cut off."""
+        ...
+
+    def score(
+        self, sequences: Sequence[TokenSequence], want: Sequence[TargetRequest]
+    ) -> list[tuple[TeacherTargets, ...]]:
+        """Targets for each sequence, in the order given, one per request and of the kind requested.
+
+        Obligations: never a lesser kind than asked for; finite or an error; the same call twice gives the same bytes;
+        a sequence without completion rows gets targets of zero rows.
+        """
+        ...
+
+
+class Generator(Protocol):
+    """Continues prompts."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[TokenSequence]:
+        """`samples_per_problem` completions for each prompt, prompt-major, in the order given.
+
+        Obligations: reproducible from `sampling.seed` and the prompts alone; a completion ends at a stop token, which
+        it includes (finish_reason STOP), or at `max_new_tokens` (LENGTH).
+        """
+        ...
