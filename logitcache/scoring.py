@@ -49,13 +49,14 @@ TargetRequest = TopKRequest | HiddenStateRequest | FullVocabRequest | SampledReq
 class Sampling:
     """How completions are drawn.
 
-    The defaults are the paper's (arXiv 2605.16826): temperature 1, top-p 0.95, top-k 20. Temperature 0 is greedy.
+    The defaults are the paper's (arXiv 2605.16826): temperature 1, top-p 0.95, top-k 20. Temperature 0 is greedy, and a
+    top-k of None keeps every token.
     """
 
     max_new_tokens: int = 128
     temperature: float = 1.0
     top_p: float = 0.95
-    top_k: int = 20
+    top_k: int | None = 20
     samples_per_problem: int = 1
     seed: int = 0
 

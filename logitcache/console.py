@@ -1,0 +1,92 @@
+"""What every command line of the project does alike: errors in one line, progress, machine-readable output.
+
+Guarantees: standard output carries the answer and nothing else (one JSON object with `--json`); progress and notes go
+to standard error, redrawn on a terminal and as plain lines elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from logitcache.errors import UserError
+
+_PLAIN_INTERVAL_S = 10.0
+
+
+def run_command(app: Callable[..., Any], argv: list[str] | None = None) -> int:
+    """Run a cyclopts app on `argv`; the exit code. `--debug` anywhere shows tracebacks of user errors."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    try:
+        result = app(argv, result_action="return_value")
+    except UserError as error:
+        if debug:
+            raise
+        note(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        note("interrupted; what was committed stays, and the same command goes on from there")
+        return 130
+    except BrokenPipeError:
+        return 141
+    return result if isinstance(result, int) else 0
+
+
+def note(text: str) -> None:
+    """One line for the person watching, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def answer(value: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """The command's answer on standard output: one JSON object, or text for people."""
+    print(json.dumps(value) if as_json else text, flush=True)
+
+
+class Progress(AbstractContextManager["Progress"]):
+    """Progress of long work: what is done, rate, time left. `add` may be called from any thread."""
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        from tqdm import tqdm
+
+        self._live = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total, desc=what, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True, disable=not self._live
+        )
+        self._what, self._total, self._unit = what, total, unit
+        self._done, self._start, self._said, self._extra = 0, time.monotonic(), time.monotonic(), ""
+
+    def add(self, count: int = 1) -> None:
+        """`count` more units are done."""
+        self._done += count
+        self._bar.update(count)
+        if not self._live and time.monotonic() - self._said >= _PLAIN_INTERVAL_S:
+            self._say()
+
+    def show(self, **values: str) -> None:
+        """Values to show beside the bar, such as `loss="1.23"`."""
+        self._extra = ", ".join(f"{name} {value}" for name, value in values.items())
+        self._bar.set_postfix_str(self._extra, refresh=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if not self._live and kind is None:
+            self._say()
+
+    def _say(self) -> None:
+        from tqdm import tqdm
+
+        self._said = time.monotonic()
+        elapsed = self._said - self._start
+        line = tqdm.format_meter(
+            self._done, self._total, elapsed, ncols=0, prefix=self._what, unit=f" {self._unit}", postfix=self._extra
+        )
+        note(line)

@@ -1,0 +1,1 @@
+"""The demo's own problem set, and the program that wrote it."""
