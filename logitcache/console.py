@@ -63,7 +63,8 @@ class Progress(AbstractContextManager["Progress"]):
         self._done, self._start, self._said, self._extra = 0, time.monotonic(), time.monotonic(), ""
 
     def add(self, count: int = 1) -> None:
-        """`count` more units are done."""
+        """`count` more units are done (never more than the total: work may be repeated)."""
+        count = min(count, self._total - self._done)
         self._done += count
         self._bar.update(count)
         if not self._live and time.monotonic() - self._said >= _PLAIN_INTERVAL_S:

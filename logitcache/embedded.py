@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from logitcache.errors import UserError
 
@@ -66,10 +67,9 @@ def _convert(source: Path, target: Path) -> None:
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     # A model read from GGUF still calls itself quantized, and then refuses to be saved, although it no longer is.
-    for name, value in (("hf_quantizer", None), ("is_quantized", False), ("quantization_method", None)):
-        setattr(model, name, value)
+    model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     del model.config.quantization_config
     model.config.name_or_path = NAME
     model.to(dtype=torch.bfloat16).save_pretrained(target)

@@ -35,3 +35,9 @@ class DamagedError(UserError):
 
 class IdentityError(UserError):
     """Two things that must come from one source do not (teacher, tokenizer, head, problems)."""
+
+
+def require(condition: bool, asked: str, found: object, do: str = "choose a value in that range") -> None:
+    """Raise `UserError` unless `condition` holds: `asked` says what is wanted, `found` what was given."""
+    if not condition:
+        raise UserError(asked, f"got {found}", do)

@@ -1,7 +1,7 @@
 """Fingerprints: what must be the same for a cache, its teacher and its students to belong together.
 
 Guarantees: a fingerprint depends on content alone (weights, configuration, the id space of a tokenizer), never on where
-a file lies, and the identity written into a cache holds no path, user or credential.
+a file lies.
 """
 
 from __future__ import annotations
@@ -9,16 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from logitcache.embedded import NAME as EMBEDDED_NAME
 from logitcache.embedded import embedded_teacher_dir
 from logitcache.errors import UserError
-from logitcache.problems import Problem, problems_digest
-from logitcache.scoring import Sampling
 
 EMBEDDED = "embedded"
 """The model name that stands for the embedded default teacher."""
@@ -68,25 +64,6 @@ def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:
     """32 hex digits over a tokenizer's id space (`get_vocab()`): two models share targets if they agree on it."""
     pairs = sorted((ident, token) for token, ident in vocabulary.items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:32]
-
-
-def build_identity(
-    *,
-    teacher: Mapping[str, Any],
-    tokenizer: Mapping[str, Any],
-    prompts: Mapping[str, Any],
-    problems: Sequence[Problem],
-    sampling: Sampling,
-    problems_per_unit: int,
-) -> dict[str, Any]:
-    """The identity of a build: all that decides its bytes. Resuming or reading under another one is refused."""
-    return {
-        "teacher": dict(teacher),
-        "tokenizer": dict(tokenizer),
-        "prompts": dict(prompts),
-        "problems": {"count": len(problems), "sha256": problems_digest(problems), "per_unit": problems_per_unit},
-        "sampling": asdict(sampling),
-    }
 
 
 def _file_sha256(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,3 +38,9 @@ def _render(tokenizer: Any, problem: Problem, style: PromptStyle) -> tuple[int, 
         messages, add_generation_prompt=True, enable_thinking=style.thinking, return_dict=True
     )
     return tuple(encoded["input_ids"])
+
+
+def prompts_identity(tokenizer: Any, style: PromptStyle) -> dict[str, Any]:
+    """What decides the text put to a model beside the problem, for a cache's identity."""
+    template = hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest()[:32]
+    return {"chat_template": template, "instruction": style.instruction, "thinking": style.thinking}

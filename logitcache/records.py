@@ -18,7 +18,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.errors import UserError
+from logitcache.errors import require
 
 MAX_TOKENS = 1 << 24
 """Longest sequence accepted, in tokens: far above any context, far below any overflow."""
@@ -41,11 +41,6 @@ class FinishReason(StrEnum):
     """It was not generated here: corpus text."""
 
 
-def _require(condition: bool, asked: str, found: object, do: str) -> None:
-    if not condition:
-        raise UserError(asked, f"got {found}", do)
-
-
 def _array(name: str, value: NDArray, dtypes: tuple[type, ...], shape: tuple[int | None, ...]) -> None:
     names = " or ".join(np.dtype(dtype).name for dtype in dtypes)
     expected = f"{name}: {names}[{', '.join('*' if size is None else str(size) for size in shape)}]"
@@ -53,7 +48,7 @@ def _array(name: str, value: NDArray, dtypes: tuple[type, ...], shape: tuple[int
     fits = len(value.shape) == len(shape) and all(
         want is None or want == have for want, have in zip(shape, value.shape, strict=True)
     )
-    _require(fits and value.dtype in dtypes, expected, found, "pass an array of that dtype and shape")
+    require(fits and value.dtype in dtypes, expected, found, "pass an array of that dtype and shape")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,9 +76,9 @@ class TokenSequence:
     def __post_init__(self) -> None:
         _array("token_ids", self.token_ids, (np.int32,), (None,))
         n = len(self.token_ids)
-        _require(0 < n <= MAX_TOKENS, f"a sequence of 1 to {MAX_TOKENS} tokens", n, "drop or split it")
-        _require(int(self.token_ids.min()) >= 0, "token ids >= 0", self.token_ids.min(), "check the tokenizer")
-        _require(1 <= self.prompt_tokens <= n, f"1 to {n} prompt tokens", self.prompt_tokens, "prepend a BOS token")
+        require(0 < n <= MAX_TOKENS, f"a sequence of 1 to {MAX_TOKENS} tokens", n, "drop or split it")
+        require(int(self.token_ids.min()) >= 0, "token ids >= 0", self.token_ids.min(), "check the tokenizer")
+        require(1 <= self.prompt_tokens <= n, f"1 to {n} prompt tokens", self.prompt_tokens, "prepend a BOS token")
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -235,7 +230,7 @@ class Head:
         _array("weight", self.weight, (np.uint16, np.float32), (None, None))
         if self.bias is not None:
             _array("bias", self.bias, (np.float32,), (self.weight.shape[0],))
-        _require(self.soft_cap is None or self.soft_cap > 0, "a soft cap above 0", self.soft_cap, "pass None for none")
+        require(self.soft_cap is None or self.soft_cap > 0, "a soft cap above 0", self.soft_cap, "pass None for none")
         digest = hashlib.sha256(f"{self.weight.dtype}{self.weight.shape}{self.soft_cap}{self.scale}".encode())
         digest.update(np.ascontiguousarray(self.weight).data)
         if self.bias is not None:
@@ -257,4 +252,4 @@ class ScoredSequence:
 
     def __post_init__(self) -> None:
         rows, have = self.sequence.completion_tokens, len(self.targets)
-        _require(rows == have, f"{rows} target rows for {self.sequence.sample_id}", have, "score the sequence again")
+        require(rows == have, f"{rows} target rows for {self.sequence.sample_id}", have, "score the sequence again")

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from logitcache.errors import require
 from logitcache.records import Head, TeacherTargets, TokenSequence
+
+DTYPES = ("bfloat16", "float32")
+"""Precisions a teacher may compute in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,13 @@ class Sampling:
     top_k: int | None = 20
     samples_per_problem: int = 1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens >= 1, "--max-new-tokens, at least 1", self.max_new_tokens)
+        require(self.temperature >= 0, "--temperature, 0 (greedy) or above", self.temperature)
+        require(0 < self.top_p <= 1, "--top-p, a probability above 0", self.top_p)
+        require(self.top_k is None or self.top_k >= 1, "--top-k, at least 1", self.top_k)
+        require(self.samples_per_problem >= 1, "--samples-per-problem, at least 1", self.samples_per_problem)
 
 
 @dataclass(frozen=True, kw_only=True)

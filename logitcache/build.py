@@ -1,0 +1,171 @@
+"""Building a cache: a teacher writes completions and what it thought of every token of them.
+
+Guarantees: the work is cut into units that depend on nothing but the identity; a unit that was committed is never
+done again; a build that was killed anywhere and run again ends in the same bytes as one that was not. Encoding and
+writing of one unit overlap with the teacher's work on the next.
+
+Deliberately not here: which engine the teacher runs in, and how anything is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache import flops
+from logitcache.codecs import Calibration, Codec, TargetSpec, calibrate
+from logitcache.codecs.dense import DenseHead
+from logitcache.codecs.fidelity import measured_kl
+from logitcache.codecs.quantize import as_float32
+from logitcache.records import HiddenStateTargets, TeacherTargets, TokenSequence
+from logitcache.scoring import Generator, HiddenStateRequest, Prompt, Sampling, Scorer
+from logitcache.store.commits import Committed
+from logitcache.store.writer import Store
+
+CALIBRATION_ROWS = 16_384
+"""Rows of the first unit that a codec is calibrated on, at most."""
+FIDELITY_ROWS = 32
+"""Rows of every part on which the KL between the teacher and what decoding returns is measured."""
+
+
+class Engine(Scorer, Generator, Protocol):
+    """A teacher that both writes and scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """One deterministic piece of the work: a name that sorts in order, and its prompts."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+
+def cut_into_units(prompts: Sequence[Prompt], prompts_per_unit: int) -> list[Unit]:
+    """Consecutive slices of the prompts, named by their number."""
+    slices = [prompts[start : start + prompts_per_unit] for start in range(0, len(prompts), prompts_per_unit)]
+    return [Unit(name=f"{number:08d}", prompts=tuple(part)) for number, part in enumerate(slices)]
+
+
+def share_of(units: Sequence[Unit], worker: int, workers: int) -> list[Unit]:
+    """The units of one worker of several: every `workers`-th, so that all finish at about the same time."""
+    return list(units[worker::workers])
+
+
+def missing_units(committed: Committed, units: Sequence[Unit], tiers: Iterable[str]) -> list[Unit]:
+    """Those of the units that lack their sequences or one of the tiers."""
+    complete = set(committed.sequences).intersection(*(committed.targets.get(tier, ()) for tier in tiers))
+    return [unit for unit in units if unit.name not in complete]
+
+
+Scored = tuple[Unit, list[TokenSequence], list[tuple[TeacherTargets, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Build:
+    """A build under way: its teacher, its store and what is to be kept.
+
+    Attributes:
+        engine: the teacher.
+        shape: of the teacher, for the FLOPs that every part records.
+        store: where parts are committed.
+        units: all units of the build, not only this worker's: the first one calibrates the codecs.
+        specs: the tiers to write, each named by its kind.
+        sampling: how completions are drawn.
+    """
+
+    engine: Engine
+    shape: flops.ModelShape
+    store: Store
+    units: Sequence[Unit]
+    specs: Sequence[TargetSpec]
+    sampling: Sampling
+
+    @cached_property
+    def _teacher(self) -> DenseHead:
+        return DenseHead(self.engine.head)
+
+    def run(self, share: Sequence[Unit]) -> None:
+        """Do what is missing of these units, and commit each part as soon as it is whole."""
+        codecs, committed = self._codecs(), self.store.committed()
+        missing = missing_units(committed, share, codecs)
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as writer:
+            pending: Future[None] | None = None
+            for scored in self._scored(missing, codecs, committed):
+                if pending is not None:
+                    pending.result()
+                pending = writer.submit(self._write_targets, scored, codecs, committed)
+            if pending is not None:
+                pending.result()
+
+    def _scored(self, units: Iterable[Unit], codecs: Mapping[str, Codec], committed: Committed) -> Iterator[Scored]:
+        # Every tier is asked for even where only one is missing: a part made again gets the bytes of the first time.
+        want = [*(codec.request for codec in codecs.values()), HiddenStateRequest()]
+        for unit in units:
+            sequences = self._sequences(unit, committed)
+            yield unit, sequences, self.engine.score(sequences, want)
+
+    def _sequences(self, unit: Unit, committed: Committed) -> list[TokenSequence]:
+        if unit.name in committed.sequences:
+            return self.store.read_sequences(unit.name)
+        sequences = self.engine.generate(unit.prompts, self.sampling)
+        prefill, decode = flops.generate(
+            self.shape, [s.prompt_tokens for s in sequences], [s.completion_tokens for s in sequences]
+        )
+        self.store.write_sequences(unit.name, sequences, {"flops": {"generate": prefill + decode}})
+        return sequences
+
+    def _codecs(self) -> dict[str, Codec]:
+        """Each tier's codec: the committed one, or one calibrated on the first unit and committed now."""
+        have = self.store.tiers()
+        sample = None if all(spec.kind in have for spec in self.specs) else self._calibration()
+        codecs: dict[str, Codec] = {}
+        for spec in self.specs:
+            if sample is not None and spec.kind not in have:
+                self.store.create_tier(spec.kind, calibrate(spec, self.engine.head, sample))
+            codecs[spec.kind] = self.store.tier_codec(spec.kind)
+        return codecs
+
+    def _calibration(self) -> Calibration:
+        kept: list[TokenSequence] = []
+        for sequence in self._sequences(self.units[0], self.store.committed()):
+            if sum(earlier.completion_tokens for earlier in kept) < CALIBRATION_ROWS:
+                kept.append(sequence)
+        hidden = np.concatenate([_states(targets) for targets in self.engine.score(kept, [HiddenStateRequest()])])
+        return Calibration(hidden=hidden, token_ids=np.concatenate([sequence.completion_ids for sequence in kept]))
+
+    def _write_targets(self, scored: Scored, codecs: Mapping[str, Codec], committed: Committed) -> None:
+        unit, sequences, targets = scored
+        sample = _every_nth(np.concatenate([_states(item) for item in targets]), FIDELITY_ROWS)
+        for position, (tier, codec) in enumerate(codecs.items()):
+            if unit.name in committed.targets.get(tier, ()):
+                continue
+            kl_nats = measured_kl(codec, sample, self._teacher).forward
+            facts = {"flops": self._score_flops(tier, sequences, codecs), "kl_nats": kl_nats.tolist()}
+            self.store.write_targets(unit.name, tier, codec, [item[position] for item in targets], facts)
+
+    def _score_flops(
+        self, tier: str, sequences: Sequence[TokenSequence], codecs: Mapping[str, Codec]
+    ) -> dict[str, int]:
+        """The scoring pass is charged once, to the first tier by name of those that it filled."""
+        if tier != min(codecs):
+            return {"score": 0}
+        needs_head = any(not isinstance(codec.request, HiddenStateRequest) for codec in codecs.values())
+        rows = sum(sequence.completion_tokens for sequence in sequences) if needs_head else 0
+        return {"score": flops.forward(self.shape, [len(sequence) for sequence in sequences], head_rows=rows)}
+
+
+def _states(targets: Sequence[TeacherTargets]) -> NDArray[np.float32]:
+    """float32[C, D]: the hidden states, which are always asked for last."""
+    hidden = targets[-1]
+    assert isinstance(hidden, HiddenStateTargets)
+    return as_float32(hidden.hidden)
+
+
+def _every_nth(rows: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]

@@ -1,0 +1,145 @@
+"""FLOPs of decoder-only transformers, from their configuration alone.
+
+Guarantees: integers, exact for the matrix products named in docs/flops.md (multiply-add counts 2);
+an architecture whose cost is not known is an error, never a guess. Agrees with torch's
+FlopCounterMode where that counter sees (tests/trainer/test_flops.py).
+
+Deliberately not counted: what is no matrix product (norms, rotary embedding, softmax, activations,
+the embedding look-up, the optimizer), and work an engine wastes (padding, sequences that ended).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from logitcache.errors import UserError
+
+KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+"""`model_type`s that are exactly: grouped-query attention over everything before, a gated MLP, a linear head."""
+
+
+class Attention(StrEnum):
+    """Which query-key pairs are counted."""
+
+    CAUSAL = "causal"
+    """Each token with itself and those before it, S(S+1)/2 pairs: what a causal kernel needs."""
+    FULL = "full"
+    """All S*S pairs: what a kernel that computes and then masks does, and what FlopCounterMode counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The widths that decide the cost of a Llama- or Qwen3-style model.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: D, the residual width.
+        heads: query heads; kv_heads: key and value heads (grouped-query attention).
+        head_dim: width of one head; heads * head_dim need not be D (Qwen3).
+        mlp: the gated MLP's inner width.
+        vocab: rows of the head, tied or not.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Read a `config.json` (or `PreTrainedConfig.to_dict()`).
+
+        Raises:
+            UserError: the architecture's cost is not known here.
+        """
+        model_type = config.get("model_type")
+        if model_type not in KNOWN_MODEL_TYPES:
+            do = f"use one of {', '.join(KNOWN_MODEL_TYPES)}, or add its terms to logitcache/flops.py"
+            raise UserError("count FLOPs", f"model_type {model_type!r} has no formula", do)
+        if config.get("use_sliding_window"):
+            raise UserError("count FLOPs", "sliding-window attention has no formula", "use a model without it")
+        heads = int(config["num_attention_heads"])
+        return cls(
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            mlp=int(config["intermediate_size"]),
+            vocab=int(config["vocab_size"]),
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Weights in the matrices counted here, the head once."""
+        return self.layers * _layer_weights(self) + self.hidden * self.vocab
+
+
+def _layer_weights(shape: ModelShape) -> int:
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = shape.hidden * (queries + 2 * keys) + queries * shape.hidden
+    return attention + 3 * shape.hidden * shape.mlp
+
+
+def _pair_flops(shape: ModelShape) -> int:
+    """One query-key pair in all heads and layers: a dot product and a weighted sum, each head_dim multiply-adds."""
+    return shape.layers * 4 * shape.heads * shape.head_dim
+
+
+def head(shape: ModelShape, rows: int) -> int:
+    """Logits of `rows` tokens."""
+    return 2 * rows * shape.hidden * shape.vocab
+
+
+def body(shape: ModelShape, lengths: Iterable[int], *, attention: Attention = Attention.CAUSAL) -> int:
+    """One forward over sequences of these lengths up to the state after the final norm, without the head."""
+    total = 0
+    for length in lengths:
+        pairs = length * length if attention is Attention.FULL else length * (length + 1) // 2
+        total += 2 * length * shape.layers * _layer_weights(shape) + pairs * _pair_flops(shape)
+    return total
+
+
+def forward(
+    shape: ModelShape, lengths: Iterable[int], *, head_rows: int, attention: Attention = Attention.CAUSAL
+) -> int:
+    """One forward (a prefill, a scoring, a training forward) with logits for `head_rows` rows in all."""
+    return body(shape, lengths, attention=attention) + head(shape, head_rows)
+
+
+def backward(forward_flops: int) -> int:
+    """The gradient of every product A @ B costs two products of the same size: towards A and towards B."""
+    return 2 * forward_flops
+
+
+def generate(
+    shape: ModelShape,
+    prompt_tokens: Iterable[int],
+    new_tokens: Iterable[int],
+    *,
+    attention: Attention = Attention.CAUSAL,
+) -> tuple[int, int]:
+    """Prefill and decode FLOPs of sampling `new_tokens[i]` tokens after `prompt_tokens[i]`, with a KV cache.
+
+    The prompt is run once with logits for its last row; each new token but the last is run once against all keys
+    before it, so decoding n tokens is n - 1 steps with one row of logits each. With causal counting the sum is a
+    forward over prompt_tokens + new_tokens - 1 tokens.
+
+    Returns:
+        (prefill, decode).
+    """
+    prefill = decode = 0
+    for prompt, new in zip(prompt_tokens, new_tokens, strict=True):
+        if new == 0:
+            continue
+        prefill += body(shape, [prompt], attention=attention) + head(shape, 1)
+        steps = new - 1
+        contexts = steps * prompt + steps * (steps + 1) // 2
+        decode += 2 * steps * shape.layers * _layer_weights(shape) + contexts * _pair_flops(shape) + head(shape, steps)
+    return prefill, decode

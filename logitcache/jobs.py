@@ -1,0 +1,163 @@
+"""Whole jobs, assembled from names: what the commands run, callable from Python with the same arguments.
+
+Guarantees: what can be refused is refused before the teacher is loaded or a byte is written, save what only the teacher
+can tell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from logitcache import flops
+from logitcache.build import Build, Unit, cut_into_units, missing_units, share_of
+from logitcache.codecs import TargetSpec, parse_targets
+from logitcache.console import Progress, note
+from logitcache.errors import require
+from logitcache.identity import model_display_name, resolve_model, tokenizer_fingerprint, weights_fingerprint
+from logitcache.problems import Problem, load_problems, problems_digest
+from logitcache.prompts import PromptStyle, prompts_identity, render_prompts
+from logitcache.scoring import DTYPES, Sampling
+from logitcache.store import Store, create, open_cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """What to build, in words: the options of `logitcache build`.
+
+    Attributes:
+        problems: Parquet, JSON or JSONL with `problem` and `answer` columns (any fsspec URL), or a hub dataset id.
+        out: where the cache goes: a path, or any fsspec URL that can be written.
+        teacher: a transformers model id or directory; `embedded` is SmolLM2-135M-Instruct.
+        targets: what is kept, such as `topk:p=3e-4,hidden` or `hidden:max-kl=2e-3`.
+        limit: use only the first so many problems.
+        dtype: the precision the teacher computes in, bfloat16 or float32.
+        problems_per_unit: problems in one part of the cache; a killed build repeats at most one part.
+    """
+
+    problems: str
+    out: str
+    teacher: str = "embedded"
+    targets: str = "topk,hidden"
+    limit: int | None = None
+    dtype: str = "bfloat16"
+    problems_per_unit: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.dtype in DTYPES, f"--dtype, {' or '.join(DTYPES)}", self.dtype)
+        require(self.problems_per_unit >= 1, "--problems-per-unit, at least 1", self.problems_per_unit)
+
+
+def build_cache(
+    request: BuildRequest, *, sampling: Sampling, style: PromptStyle, worker: int = 0, workers: int = 1
+) -> dict[str, Any]:
+    """Build a cache, or this worker's share of it, and seal it when nothing is missing any more.
+
+    Returns:
+        What `describe` says of the cache.
+
+    Raises:
+        UserError: something asked for cannot be had; nothing that was committed is lost.
+        IdentityError: `out` holds a cache of another build.
+    """
+    specs = parse_targets(request.targets)
+    problems = load_problems(request.problems, limit=request.limit)
+    model_dir = resolve_model(request.teacher)
+    shape = flops.ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
+
+    from logitcache.scorers.hf import load_tokenizer
+
+    tokenizer = load_tokenizer(model_dir)
+    store = create(request.out, _identity(request, model_dir, tokenizer, problems, sampling, style))
+    units = cut_into_units(render_prompts(tokenizer, problems, style), request.problems_per_unit)
+    tiers = [spec.kind for spec in specs]
+    share = missing_units(store.committed(), share_of(units, worker, workers), tiers)
+    if share:
+        _run(request, model_dir, shape, store, units, specs, sampling, share)
+    if not missing_units(store.committed(), units, tiers):
+        store.seal(units=len(units))
+    return describe(request.out)
+
+
+def describe(url: str) -> dict[str, Any]:
+    """What a cache holds, as `logitcache info --json` prints it. Raises UserError where there is none."""
+    from logitcache.store.commits import read_manifest
+    from logitcache.store.place import open_place
+
+    sealed = read_manifest(open_place(url)) is not None
+    reader = open_cache(url, targets=None, committed=not sealed)
+    manifest, identity = reader.manifest, reader.identity
+    return {
+        "format_version": 1,
+        "sealed": sealed,
+        "digest": manifest.digest,
+        **{name: identity[name] for name in ("teacher", "tokenizer", "prompts", "problems", "sampling")},
+        "sequences": len(reader),
+        "tokens": manifest.totals["tokens"],
+        "completion_tokens": manifest.totals["completion_tokens"],
+        "flops": {"generate": manifest.flops.get("generate", 0), "score": manifest.flops.get("score", 0)},
+        "targets": {
+            name: {
+                "codec": tier.kind,
+                "bytes": tier.nbytes,
+                "shared_bytes": tier.shared_nbytes,
+                "bytes_per_token": tier.bytes_per_token,
+                "kl_nats": tier.kl_nats,
+            }
+            for name, tier in manifest.tiers.items()
+        },
+    }
+
+
+def _run(
+    request: BuildRequest,
+    model_dir: Path,
+    shape: flops.ModelShape,
+    store: Store,
+    units: Sequence[Unit],
+    specs: Sequence[TargetSpec],
+    sampling: Sampling,
+    share: Sequence[Unit],
+) -> None:
+    from logitcache.scorers.hf import load_engine
+
+    sequences = sum(len(unit.prompts) for unit in share) * sampling.samples_per_problem
+    note(f"{len(share)} of {len(units)} units to build, {sequences} sequences, in {request.out}")
+    # Each sequence counts twice, once generated and once scored.
+    with Progress("build", 2 * sequences, "sequences") as progress:
+        engine = load_engine(model_dir, dtype=request.dtype, on_sequences=progress.add)
+        Build(engine=engine, shape=shape, store=store, units=units, specs=specs, sampling=sampling).run(share)
+
+
+def _identity(
+    request: BuildRequest,
+    model_dir: Path,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    style: PromptStyle,
+) -> dict[str, Any]:
+    """All that decides a build's bytes; no path, user or credential is in it."""
+    from logitcache.scorers.hf import engine_identity
+
+    vocabulary = tokenizer.get_vocab()
+    return {
+        "teacher": {
+            "name": model_display_name(request.teacher),
+            "fingerprint": weights_fingerprint(model_dir),
+            "vocab_size": max(vocabulary.values()) + 1,
+            "dtype": request.dtype,
+            "engine": engine_identity(),
+        },
+        "tokenizer": {"fingerprint": tokenizer_fingerprint(vocabulary)},
+        "prompts": prompts_identity(tokenizer, style),
+        "problems": {
+            "count": len(problems),
+            "sha256": problems_digest(problems),
+            "per_unit": request.problems_per_unit,
+        },
+        "sampling": asdict(sampling),
+    }
