@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -20,11 +19,10 @@ from numpy.typing import NDArray
 
 from logitcache import flops
 from logitcache.codecs import Calibration, Codec, TargetSpec, calibrate
-from logitcache.codecs.dense import DenseHead
 from logitcache.codecs.fidelity import measured_kl
 from logitcache.codecs.quantize import as_float32
 from logitcache.records import HiddenStateTargets, TeacherTargets, TokenSequence
-from logitcache.scoring import Generator, HiddenStateRequest, Prompt, Sampling, Scorer
+from logitcache.scoring import Generator, HiddenStateRequest, Prompt, SampledRequest, Sampling, Scorer
 from logitcache.store.commits import Committed
 from logitcache.store.writer import Store
 
@@ -86,10 +84,6 @@ class Build:
     specs: Sequence[TargetSpec]
     sampling: Sampling
 
-    @cached_property
-    def _teacher(self) -> DenseHead:
-        return DenseHead(self.engine.head)
-
     def run(self, share: Sequence[Unit]) -> None:
         """Do what is missing of these units, and commit each part as soon as it is whole."""
         codecs, committed = self._codecs(), self.store.committed()
@@ -145,9 +139,13 @@ class Build:
         for position, (tier, codec) in enumerate(codecs.items()):
             if unit.name in committed.targets.get(tier, ()):
                 continue
-            kl_nats = measured_kl(codec, sample, self._teacher).forward
-            facts = {"flops": self._score_flops(tier, sequences, codecs), "kl_nats": kl_nats.tolist()}
+            facts = {"flops": self._score_flops(tier, sequences, codecs), "kl_nats": self._kl_nats(codec, sample)}
             self.store.write_targets(unit.name, tier, codec, [item[position] for item in targets], facts)
+
+    def _kl_nats(self, codec: Codec, sample: NDArray[np.float32]) -> list[float]:
+        if isinstance(codec.request, SampledRequest):
+            return []  # draws are no distribution: they are unbiased, and have no KL of their own
+        return measured_kl(codec, self.engine.head, sample).forward.tolist()
 
     def _score_flops(
         self, tier: str, sequences: Sequence[TokenSequence], codecs: Mapping[str, Codec]

@@ -6,15 +6,17 @@ asked, what was found and what to do. Engines are imported by the commands that 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from logitcache.console import answer, run_command
+from logitcache.console import Progress, answer, run_command
 from logitcache.errors import UserError
-from logitcache.jobs import BuildRequest, build_cache, describe
+from logitcache.jobs import BuildRequest, build_cache, describe, score_cache
 from logitcache.prompts import PromptStyle
 from logitcache.scoring import Sampling
+from logitcache.store.verify import Report
 
 app = App(name="logitcache", help=__doc__.splitlines()[0], version_flags=[])
 
@@ -51,6 +53,24 @@ def build(
 
 
 @app.command
+def score(url: str, /, *, targets: str, teacher: str = "embedded", json: bool = False) -> None:
+    """Add a tier to a cache by scoring the sequences that are there.
+
+    Costs one scoring of every completion by the teacher, and no generation. Interrupted, the same command goes on.
+
+    Example: logitcache score runs/demo/cache --targets hidden:max-kl=2e-3
+
+    Args:
+        url: the cache.
+        targets: the tiers to add, as for `build`.
+        teacher: the model that built the cache; `embedded` is SmolLM2-135M-Instruct.
+        json: print one JSON object.
+    """
+    scored = score_cache(url, teacher=teacher, targets=targets)
+    answer(scored, cache_summary(scored), as_json=json)
+
+
+@app.command
 def info(url: str, /, *, json: bool = False) -> None:
     """Say what a cache holds; reads its manifest only.
 
@@ -82,6 +102,78 @@ def seal(url: str, /, *, units: int | None = None, json: bool = False) -> None:
     answer(found, cache_summary(found), as_json=json)
 
 
+@app.command
+def verify(url: str, /, *, deep: bool = False, repair: bool = False, json: bool = False) -> int:
+    """Check that every object is what was committed: exit code 0 sound, 1 damaged, 2 not a cache.
+
+    Costs a listing and the parts' records; with `--deep` one read of every byte.
+
+    Example: logitcache verify runs/demo/cache --deep
+
+    Args:
+        url: the cache.
+        deep: read and check every byte, not only presence, sizes and records.
+        repair: undo the commit of what is damaged; the command that built the cache then redoes exactly that.
+        json: print one JSON object.
+    """
+    from logitcache.store.verify import verify as check
+
+    with Progress("verify", 1, "parts") as progress:
+        report = check(url, deep=deep, repair=repair, progress=progress.reach)
+    damage = [{"object": item.name, "found": item.found} for item in report.damage]
+    answer({**asdict(report), "damage": damage}, _verdict(url, report), as_json=json)
+    return 0 if report.sound else 1
+
+
+@app.command
+def merge(sources: list[str], /, *, out: str, json: bool = False) -> None:
+    """Bring parts of one build that lie in several places into one, and seal it when nothing is missing.
+
+    Costs one read and one write of every part. Interrupted, the same command goes on.
+
+    Example: logitcache merge s3://bucket/worker-1 s3://bucket/worker-2 --out runs/cache
+
+    Args:
+        sources: caches of one identity, sealed or not.
+        out: an empty place, or a cache of that identity.
+        json: print one JSON object.
+    """
+    from logitcache.store.merge import merge as gather
+
+    with Progress("merge", 1, "parts") as progress:
+        store = gather(sources, out, progress=progress.reach)
+    wanted = store.identity["problems"]
+    units = -(-wanted["count"] // wanted["per_unit"])
+    if len(store.committed().sequences) == units:
+        store.seal(units=units)
+    merged = describe(out)
+    answer(merged, cache_summary(merged), as_json=json)
+
+
+@app.command
+def export(
+    url: str, /, *, out: str, to: Literal["parquet"] = "parquet", targets: str | None = None, json: bool = False
+) -> None:
+    """Write a cache as one Parquet file, decoded, for tools that know nothing of it.
+
+    Costs one read and decoding of everything; the file is many times larger than the cache.
+
+    Example: logitcache export runs/demo/cache --to parquet --out demo.parquet --targets topk
+
+    Args:
+        url: a sealed cache.
+        out: the file: a path, or any fsspec URL that can be written.
+        to: the format.
+        targets: the tier to put beside the tokens; none by default.
+        json: print one JSON object.
+    """
+    from logitcache.store.export import export_parquet
+
+    with Progress("export", 1, "sequences") as progress:
+        sequences = export_parquet(url, targets, out, progress=progress.reach)
+    answer({"out": out, "format": to, "sequences": sequences}, f"{out}: {sequences:,} sequences", as_json=json)
+
+
 def main() -> None:
     """Entry point."""
     raise SystemExit(run_command(app))
@@ -92,6 +184,17 @@ def _worker(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and workers.isdecimal() and 1 <= int(number) <= int(workers)):
         raise UserError(f"--worker {text}", "not a worker of several", "write it as 1/4 for the first of four")
     return int(number) - 1, int(workers)
+
+
+def _verdict(url: str, report: Report) -> str:
+    lines = [f"{damage.name}: {damage.found}" for damage in report.damage]
+    checked = f"{report.parts:,} parts, {report.objects:,} objects, {report.nbytes / 1e6:,.1f} MB read and checked"
+    if report.sound:
+        return f"sound: {checked}"
+    advice = f"logitcache verify {url} --repair, then the command that built it"
+    if report.repaired:
+        advice = "undone; run the command that built it, which redoes only that"
+    return "\n".join([*lines, f"damaged, {len(lines)} objects: {checked}; {advice}"])
 
 
 def cache_summary(found: dict[str, Any]) -> str:

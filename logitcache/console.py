@@ -70,6 +70,11 @@ class Progress(AbstractContextManager["Progress"]):
         if not self._live and time.monotonic() - self._said >= _PLAIN_INTERVAL_S:
             self._say()
 
+    def reach(self, done: int, total: int) -> None:
+        """`done` of `total` units are done, for work that learns its size on the way."""
+        self._total = self._bar.total = total
+        self.add(done - self._done)
+
     def show(self, **values: str) -> None:
         """Values to show beside the bar, such as `loss="1.23"`."""
         self._extra = ", ".join(f"{name} {value}" for name, value in values.items())

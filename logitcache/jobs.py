@@ -7,7 +7,7 @@ can tell.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from logitcache import flops
 from logitcache.build import Build, Unit, cut_into_units, missing_units, share_of
 from logitcache.codecs import TargetSpec, parse_targets
 from logitcache.console import Progress, note
-from logitcache.errors import require
+from logitcache.errors import IdentityError, require
 from logitcache.identity import model_display_name, resolve_model, tokenizer_fingerprint, weights_fingerprint
 from logitcache.problems import Problem, load_problems, problems_digest
 from logitcache.prompts import PromptStyle, prompts_identity, render_prompts
 from logitcache.scoring import DTYPES, Sampling
-from logitcache.store import Store, create, open_cache
+from logitcache.store import Store, create, open_cache, open_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,49 @@ def build_cache(
     if not missing_units(store.committed(), units, tiers):
         store.seal(units=len(units))
     return describe(request.out)
+
+
+def score_cache(url: str, *, teacher: str, targets: str) -> dict[str, Any]:
+    """Add tiers to a cache by scoring what is there, without generating again; see `logitcache score --help`.
+
+    Returns:
+        What `describe` says of the cache.
+
+    Raises:
+        IdentityError: `teacher` is not the cache's.
+        UserError: no cache there, or a tier that exists and was asked for with another configuration.
+    """
+    specs = parse_targets(targets)
+    store = open_store(url)
+    built_by = store.identity["teacher"]
+    model_dir = resolve_model(teacher)
+    require_same_teacher(url, built_by, model_dir)
+    shape = flops.ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
+    committed = store.committed()
+    units = [Unit(name=name, prompts=()) for name in committed.sequences]
+    share = missing_units(committed, units, [spec.kind for spec in specs])
+    if share:
+        from logitcache.scorers.hf import load_engine
+
+        sequences = len(open_cache(url, targets=None, committed=True))
+        note(f"{len(share)} of {len(units)} units to score, {sequences} sequences, in {url}")
+        with Progress("score", sequences, "sequences") as progress:
+            engine = load_engine(model_dir, dtype=built_by["dtype"], on_sequences=progress.add)
+            sampling = Sampling(**store.identity["sampling"])
+            Build(engine=engine, shape=shape, store=store, units=units, specs=specs, sampling=sampling).run(share)
+    store.seal(units=len(units))
+    return describe(url)
+
+
+def require_same_teacher(url: str, built_by: Mapping[str, Any], model_dir: Path) -> None:
+    """Raise IdentityError unless the directory holds the teacher that a cache's identity names."""
+    have = weights_fingerprint(model_dir)
+    if have != built_by["fingerprint"]:
+        raise IdentityError(
+            f"teacher {model_dir.name} for {url}",
+            f"its weights are {have[:12]}, the cache was built by {built_by['name']}, {built_by['fingerprint'][:12]}",
+            "name the teacher that built the cache",
+        )
 
 
 def describe(url: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +49,8 @@ class ArrayLayout:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Encoded:
     """What `encode` returns for B sequences: packed arrays by name, and entries_per_sequence int64[B] (zeros where the
-    codec has no entry axis)."""
+    codec has no entry axis).
+    """
 
     arrays: Mapping[str, NDArray[Any]]
     entries_per_sequence: NDArray[np.int64]
@@ -94,4 +95,16 @@ class Codec(Protocol):
 
     def decode(self, arrays: Mapping[str, NDArray[Any]]) -> TeacherTargets:
         """Unpack the rows of one sequence, or of a run of whole rows; arrays may be read-only views."""
+        ...
+
+
+@runtime_checkable
+class CountsEntries(Protocol):
+    """A codec with an entry axis that can say, from row arrays alone, how many entries each row has.
+
+    With it a window of rows is read without the entries of the others; without it they are read and dropped.
+    """
+
+    def entries_per_row(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
+        """int64[R] for R rows, from the arrays whose axis is ROW."""
         ...

@@ -168,6 +168,77 @@ def test_bad_input_is_one_line_and_changes_nothing(
     assert content(copy) == content(whole)
 
 
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return finish([sys.executable, "-m", "logitcache.cli", *arguments])
+
+
+def test_a_damaged_part_is_found_undone_and_made_again_with_the_same_bytes(
+    whole: Path, tiny_dir: Path, problems: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(whole, tmp_path / "cache")
+    assert run("verify", str(copy), "--deep").returncode == 0
+    victim = max((copy / "targets" / "topk").rglob("c*/0"), key=lambda file: file.stat().st_size)
+    flipped = bytearray(victim.read_bytes())
+    flipped[len(flipped) // 3] ^= 4
+    victim.write_bytes(flipped)
+    found = run("verify", str(copy), "--deep", "--repair", "--json")
+    assert found.returncode == 1
+    report = json.loads(found.stdout)
+    assert [item["object"] for item in report["damage"]] == [str(victim.relative_to(copy))]
+    assert run("info", str(copy)).returncode == 0
+    assert finish(command(tiny_dir, copy, problems)).returncode == 0
+    assert content(copy) == content(whole)
+    assert run("verify", str(tmp_path)).returncode == 2
+
+
+def test_a_tier_added_later_is_the_tier_built_at_once(
+    whole: Path, tiny_dir: Path, problems: Path, tmp_path: Path
+) -> None:
+    first = command(tiny_dir, tmp_path / "cache", problems)
+    first[first.index("--targets") + 1] = "hidden"
+    assert finish(first).returncode == 0
+    added = run("score", str(tmp_path / "cache"), "--teacher", str(tiny_dir), "--targets", "topk:k=32", "--json")
+    assert added.returncode == 0, added.stderr
+    assert json.loads(added.stdout)["targets"].keys() == {"hidden", "topk"}
+    later, at_once = open_cache(str(tmp_path / "cache"), targets="topk"), open_cache(str(whole), targets="topk")
+    everything = range(len(PROBLEMS))
+    for a, b in zip(later.read(everything), at_once.read(everything), strict=True):
+        assert all(np.array_equal(value, vars(b.targets)[name]) for name, value in vars(a.targets).items())
+
+
+def test_a_tier_cannot_be_added_by_another_teacher_or_with_another_configuration(
+    whole: Path, tiny_dir: Path, embedded_dir: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(whole, tmp_path / "cache")
+    other = run("score", str(copy), "--teacher", str(embedded_dir), "--targets", "hidden")
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "name the teacher that built the cache" in other.stderr
+    changed = run("score", str(copy), "--teacher", str(tiny_dir), "--targets", "topk:k=8")
+    assert changed.returncode == 2
+    assert "topk" in changed.stderr
+    assert content(copy) == content(whole)
+
+
+def test_parts_built_apart_merge_into_the_whole(whole: Path, tiny_dir: Path, problems: Path, tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("a", "b")]
+    for worker, place in zip(("1/2", "2/2"), places, strict=True):
+        assert finish(command(tiny_dir, place, problems, "--worker", worker)).returncode == 0
+    assert run("merge", *map(str, places), "--out", str(tmp_path / "merged")).returncode == 0
+    assert content(tmp_path / "merged") == content(whole)
+
+
+def test_export_writes_what_the_reader_reads(whole: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    done = run("export", str(whole), "--out", str(tmp_path / "cache.parquet"), "--targets", "topk")
+    assert done.returncode == 0, done.stderr
+    table = pq.read_table(tmp_path / "cache.parquet")
+    for row, scored in zip(table.to_pylist(), open_cache(str(whole), targets="topk").read(range(10)), strict=True):
+        assert row["token_ids"] == scored.sequence.token_ids.tolist()
+        assert isinstance(scored.targets, TopKTargets)
+        assert np.array_equal(np.array(row["entropy"], np.float32), scored.targets.entropy)
+
+
 def test_a_cache_of_another_teacher_is_refused(whole: Path, tiny_dir: Path, problems: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,159 @@
+"""A cache on a local disk.
+
+Guarantees: an object is written to a temporary file, flushed to the disk and renamed, and its directory is
+flushed too, so that after a power cut it is there whole or not at all. Temporary files lie under `.partial/` in the
+root, where no reader looks; `delete(PARTIAL)` clears what killed writers left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcache.store.layout import PARTIAL
+from logitcache.store.place import ByteRange, read_refused, write_failed
+
+FLUSHES_AT_ONCE = 8
+"""Threads that flush the files of one write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalPlace:
+    """Objects as files beneath `root`."""
+
+    root: str
+
+    @property
+    def shown(self) -> str:
+        """The path as it was given."""
+        return self.root
+
+    def read(self, name: str) -> bytes:
+        """A whole file; see `Source`."""
+        try:
+            return (Path(self.root) / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise FileNotFoundError(name) from error
+        except PermissionError as error:
+            raise read_refused(self.shown, name, error) from error
+
+    def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
+        """One pread a range; see `Source`."""
+        return [self._read_range(item) for item in ranges]
+
+    def _read_range(self, item: ByteRange) -> bytes:
+        try:
+            descriptor = os.open(f"{self.root}/{item.name}", os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(item.name) from error
+        except PermissionError as error:
+            raise read_refused(self.shown, item.name, error) from error
+        try:
+            if os.fstat(descriptor).st_size < item.stop:  # before a buffer of an absurd size is allocated
+                raise EOFError(f"{item.name} ends before byte {item.stop}")
+            data = os.pread(descriptor, item.stop - item.start, item.start)
+        finally:
+            os.close(descriptor)
+        if len(data) != item.stop - item.start:
+            raise EOFError(f"{item.name} ends before byte {item.stop}")
+        return data
+
+    def write(self, objects: Mapping[str, bytes]) -> None:
+        """Durable, atomic files; flushed many at a time, since disks flush a group as fast as one; see `Place`."""
+        names = list(objects)
+        temporaries: list[Path] = []
+        try:
+            with ThreadPoolExecutor(FLUSHES_AT_ONCE) as pool:
+                try:
+                    for name in names:
+                        temporaries.append(self._temporary(objects[name]))
+                    list(pool.map(_flush, temporaries))
+                    targets = [Path(self.root) / name for name in names]
+                    for temporary, target in zip(temporaries, targets, strict=True):
+                        _make_folder(target.parent)
+                        os.replace(temporary, target)
+                    list(pool.map(_flush, {target.parent for target in targets}))
+                finally:
+                    for temporary in temporaries:
+                        temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_failed(self.shown, names[0], error) from error
+
+    def create(self, name: str, data: bytes) -> bool:
+        """A hard link refuses to replace, unlike a rename; see `Place`."""
+        target = Path(self.root) / name
+        try:
+            temporary = self._temporary(data)
+            try:
+                _flush(temporary)
+                _make_folder(target.parent)
+                os.link(temporary, target)
+            except FileExistsError:
+                return False
+            finally:
+                temporary.unlink()
+            _flush(target.parent)
+        except OSError as error:
+            raise write_failed(self.shown, name, error) from error
+        return True
+
+    def delete(self, name: str) -> None:
+        """A file or a tree; see `Place`."""
+        path = Path(self.root) / name
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _flush(path.parent)
+        except FileNotFoundError:
+            return  # another process cleared it first
+        except OSError as error:
+            raise write_failed(self.shown, name, error) from error
+
+    def sizes(self, under: str) -> Iterator[tuple[str, int]]:
+        """Walk the tree; see `Place`."""
+        top = Path(self.root) / under
+        if top.is_file():
+            yield under, top.stat().st_size
+        for folder, _, files in os.walk(top):
+            for file in files:
+                path = Path(folder) / file
+                try:
+                    yield path.relative_to(self.root).as_posix(), path.stat().st_size
+                except FileNotFoundError:
+                    continue  # a temporary file renamed meanwhile
+
+    def _temporary(self, data: bytes) -> Path:
+        folder = Path(self.root) / PARTIAL
+        _make_folder(folder)
+        path = folder / uuid.uuid4().hex
+        try:
+            path.write_bytes(data)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return path
+
+
+def _make_folder(path: Path) -> None:
+    if path.is_dir():
+        return
+    _make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Put a file, or a folder's entries, on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,71 @@
+"""A local place: durable before visible, whole or absent, clear about what it cannot do."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from logitcache.errors import UserError
+from logitcache.store.local import LocalPlace
+from logitcache.store.place import ByteRange
+
+
+def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(tmp_path, flushes):
+    place = LocalPlace(root=str(tmp_path))
+    place.write({"a/b": b"1", "c": b"2"})
+    renames = [i for i, event in enumerate(flushes) if event.startswith("rename")]
+    assert len(renames) == 2
+    for i in renames:
+        _, temporary, target = flushes[i].split(" ")
+        assert flushes.index(f"flush {temporary}") < i
+        assert f"flush {Path(target).parent}" in flushes[i:]
+    assert (tmp_path / "a/b").read_bytes() == b"1"
+
+
+def test_create_never_replaces(tmp_path):
+    place = LocalPlace(root=str(tmp_path))
+    assert place.create("x", b"first")
+    assert not place.create("x", b"second")
+    assert place.read("x") == b"first"
+    assert [name for name, _ in place.sizes(".partial")] == []
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    place = LocalPlace(root=str(tmp_path))
+    place.write({"x": b"old"})
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        write_bytes(path, data[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"No space left on device; make it writable or free some space"):
+        place.write({"x": b"new"})
+    monkeypatch.undo()
+    assert place.read("x") == b"old"
+    assert dict(place.sizes("")) == {"x": 3}
+
+
+def test_ranges_are_exact_or_an_error(tmp_path):
+    place = LocalPlace(root=str(tmp_path))
+    place.write({"x": b"0123456789"})
+    assert place.read_ranges([ByteRange("x", 2, 5), ByteRange("x", 0, 0)]) == [b"234", b""]
+    with pytest.raises(EOFError):
+        place.read_ranges([ByteRange("x", 8, 1 << 60)])
+    with pytest.raises(FileNotFoundError, match=r"^y$"):
+        place.read_ranges([ByteRange("y", 0, 1)])
+
+
+def test_delete_and_sizes(tmp_path):
+    place = LocalPlace(root=str(tmp_path))
+    place.write({"a/b/c": b"1", "a/d": b"22"})
+    assert dict(place.sizes("a")) == {"a/b/c": 1, "a/d": 2}
+    assert dict(place.sizes("a/d")) == {"a/d": 2}
+    place.delete("a/b")
+    place.delete("not there")
+    place.delete("not/there/either")
+    assert dict(place.sizes("")) == {"a/d": 2}
