@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -53,6 +53,14 @@ def cut_into_units(prompts: Sequence[Prompt], prompts_per_unit: int) -> list[Uni
 def share_of(units: Sequence[Unit], worker: int, workers: int) -> list[Unit]:
     """The units of one worker of several: every `workers`-th, so that all finish at about the same time."""
     return list(units[worker::workers])
+
+
+def require_same_tiers(store: Store, specs: Iterable[TargetSpec]) -> None:
+    """Raise IdentityError if a tier that is there was made for another spec than the one asked for now."""
+    have = store.tiers()
+    for spec in specs:
+        if spec.kind in have:
+            store.require_asked(spec.kind, asdict(spec))
 
 
 def missing_units(committed: Committed, units: Sequence[Unit], tiers: Iterable[str]) -> list[Unit]:
@@ -121,7 +129,7 @@ class Build:
         codecs: dict[str, Codec] = {}
         for spec in self.specs:
             if sample is not None and spec.kind not in have:
-                self.store.create_tier(spec.kind, calibrate(spec, self.engine.head, sample))
+                self.store.create_tier(spec.kind, calibrate(spec, self.engine.head, sample), asdict(spec))
             codecs[spec.kind] = self.store.tier_codec(spec.kind)
         return codecs
 

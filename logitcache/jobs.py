@@ -7,19 +7,21 @@ can tell.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from logitcache import flops
-from logitcache.build import Build, Unit, cut_into_units, missing_units, share_of
+from logitcache.build import Build, Unit, cut_into_units, missing_units, require_same_tiers, share_of
+from logitcache.cluster import RayCluster, build_on_ray
 from logitcache.codecs import TargetSpec, parse_targets
 from logitcache.console import Progress, note
 from logitcache.errors import IdentityError, require
 from logitcache.identity import model_display_name, resolve_model, tokenizer_fingerprint, weights_fingerprint
 from logitcache.problems import Problem, load_problems, problems_digest
 from logitcache.prompts import PromptStyle, prompts_identity, render_prompts
+from logitcache.scorers.choose import EngineName, load_teacher, parse_engine, teacher_identity
 from logitcache.scoring import DTYPES, Sampling
 from logitcache.store import Store, create, open_cache, open_store
 
@@ -36,6 +38,8 @@ class BuildRequest:
         limit: use only the first so many problems.
         dtype: the precision the teacher computes in, bfloat16 or float32.
         problems_per_unit: problems in one part of the cache; a killed build repeats at most one part.
+        generator: the engine that writes: transformers, vllm, or a server's `http://host:port#model`.
+        scorer: the engine that scores, likewise; a server cannot score for a cache, as it shows no hidden states.
     """
 
     problems: str
@@ -45,16 +49,30 @@ class BuildRequest:
     limit: int | None = None
     dtype: str = "bfloat16"
     problems_per_unit: int = 64
+    generator: str = "transformers"
+    scorer: str = "transformers"
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, f"--dtype, {' or '.join(DTYPES)}", self.dtype)
         require(self.problems_per_unit >= 1, "--problems-per-unit, at least 1", self.problems_per_unit)
+        _ = self.engines
+
+    @property
+    def engines(self) -> tuple[EngineName, EngineName]:
+        """The generator and the scorer."""
+        return parse_engine(self.generator, "--generator"), parse_engine(self.scorer, "--scorer")
 
 
 def build_cache(
-    request: BuildRequest, *, sampling: Sampling, style: PromptStyle, worker: int = 0, workers: int = 1
+    request: BuildRequest,
+    *,
+    sampling: Sampling,
+    style: PromptStyle,
+    worker: int = 0,
+    workers: int = 1,
+    cluster: RayCluster | None = None,
 ) -> dict[str, Any]:
-    """Build a cache, or this worker's share of it, and seal it when nothing is missing any more.
+    """Build a cache, or this worker's share of it, here or on a cluster, and seal it when nothing is missing any more.
 
     Returns:
         What `describe` says of the cache.
@@ -73,10 +91,21 @@ def build_cache(
     tokenizer = load_tokenizer(model_dir)
     store = create(request.out, _identity(request, model_dir, tokenizer, problems, sampling, style))
     units = cut_into_units(render_prompts(tokenizer, problems, style), request.problems_per_unit)
+    require_same_tiers(store, specs)
     tiers = [spec.kind for spec in specs]
     share = missing_units(store.committed(), share_of(units, worker, workers), tiers)
     if share:
-        _run(request, model_dir, shape, store, units, specs, sampling, share)
+        job = _Job(
+            engines=request.engines,
+            dtype=request.dtype,
+            model_dir=model_dir,
+            shape=shape,
+            store=store,
+            units=units,
+            specs=specs,
+            sampling=sampling,
+        )
+        _run(job, share, request.out, cluster)
     if not missing_units(store.committed(), units, tiers):
         store.seal(units=len(units))
     return describe(request.out)
@@ -98,6 +127,7 @@ def score_cache(url: str, *, teacher: str, targets: str) -> dict[str, Any]:
     model_dir = resolve_model(teacher)
     require_same_teacher(url, built_by, model_dir)
     shape = flops.ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
+    require_same_tiers(store, specs)
     committed = store.committed()
     units = [Unit(name=name, prompts=()) for name in committed.sequences]
     share = missing_units(committed, units, [spec.kind for spec in specs])
@@ -155,24 +185,42 @@ def describe(url: str) -> dict[str, Any]:
     }
 
 
-def _run(
-    request: BuildRequest,
-    model_dir: Path,
-    shape: flops.ModelShape,
-    store: Store,
-    units: Sequence[Unit],
-    specs: Sequence[TargetSpec],
-    sampling: Sampling,
-    share: Sequence[Unit],
-) -> None:
-    from logitcache.scorers.hf import load_engine
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """A build before its engine is loaded: what can be sent to another process."""
 
-    sequences = sum(len(unit.prompts) for unit in share) * sampling.samples_per_problem
-    note(f"{len(share)} of {len(units)} units to build, {sequences} sequences, in {request.out}")
+    engines: tuple[EngineName, EngineName]
+    dtype: str
+    model_dir: Path
+    shape: flops.ModelShape
+    store: Store
+    units: Sequence[Unit]
+    specs: Sequence[TargetSpec]
+    sampling: Sampling
+
+    def __call__(self, on_sequences: Callable[[int], None]) -> Build:
+        generator, scorer = self.engines
+        engine = load_teacher(generator, scorer, self.model_dir, dtype=self.dtype, on_sequences=on_sequences)
+        return Build(
+            engine=engine,
+            shape=self.shape,
+            store=self.store,
+            units=self.units,
+            specs=self.specs,
+            sampling=self.sampling,
+        )
+
+
+def _run(job: _Job, share: Sequence[Unit], out: str, cluster: RayCluster | None) -> None:
+    sequences = sum(len(unit.prompts) for unit in share) * job.sampling.samples_per_problem
+    note(f"{len(share)} of {len(job.units)} units to build, {sequences} sequences, in {out}")
+    if cluster is not None:
+        with Progress("build", len(share), "units") as progress:
+            build_on_ray(job, share, cluster, on_units=progress.add)
+        return
     # Each sequence counts twice, once generated and once scored.
     with Progress("build", 2 * sequences, "sequences") as progress:
-        engine = load_engine(model_dir, dtype=request.dtype, on_sequences=progress.add)
-        Build(engine=engine, shape=shape, store=store, units=units, specs=specs, sampling=sampling).run(share)
+        job(progress.add).run(share)
 
 
 def _identity(
@@ -184,8 +232,6 @@ def _identity(
     style: PromptStyle,
 ) -> dict[str, Any]:
     """All that decides a build's bytes; no path, user or credential is in it."""
-    from logitcache.scorers.hf import engine_identity
-
     vocabulary = tokenizer.get_vocab()
     return {
         "teacher": {
@@ -193,7 +239,7 @@ def _identity(
             "fingerprint": weights_fingerprint(model_dir),
             "vocab_size": max(vocabulary.values()) + 1,
             "dtype": request.dtype,
-            "engine": engine_identity(),
+            "engine": teacher_identity(*request.engines),
         },
         "tokenizer": {"fingerprint": tokenizer_fingerprint(vocabulary)},
         "prompts": prompts_identity(tokenizer, style),

@@ -31,6 +31,7 @@ class Tier:
     Attributes:
         name: of the tier.
         kind: of its targets: `topk`, `hidden`, ...
+        asked: what the builder was asked for, of which the codec is the outcome; JSON.
         config: JSON from which, with the shared arrays, its codec is rebuilt.
         shared: the record of those arrays.
         digest: SHA-256 of the body.
@@ -38,6 +39,7 @@ class Tier:
 
     name: str
     kind: str
+    asked: dict[str, Any]
     config: dict[str, Any]
     shared: Record
     digest: str
@@ -49,7 +51,7 @@ class Tier:
         return factory(self.config, dict(zip(arrays, values, strict=True)))
 
 
-def encode_tier(name: str, codec: Codec) -> tuple[EncodedPart, bytes]:
+def encode_tier(name: str, codec: Codec, asked: Mapping[str, Any]) -> tuple[EncodedPart, bytes]:
     """A tier's shared arrays, and its `tier.json`. Raises UserError for a config that JSON cannot say."""
     group = f"{layout.tier_group(layout.check_name('a tier', name))}/{layout.SHARED}"
     arrays = [(layout.check_name("an array", key), value, shared_spec(value)) for key, value in codec.shared.items()]
@@ -57,6 +59,7 @@ def encode_tier(name: str, codec: Codec) -> tuple[EncodedPart, bytes]:
     body = {
         "format_version": layout.FORMAT_VERSION,
         "kind": codec.kind,
+        "asked": dict(asked),
         "config": codec.config,
         "shared": part.record.to_json(),
     }
@@ -74,14 +77,15 @@ def read_tier(source: Source, name: str) -> Tier | None:
     try:
         body = sealed.body
         shared = Record.from_json(f"{layout.tier_group(name)}/{layout.SHARED}", body["shared"])
-        return Tier(name=name, kind=str(body["kind"]), config=dict(body["config"]), shared=shared, digest=sealed.digest)
+        asked, config = dict(body.get("asked", {})), dict(body["config"])
+        return Tier(name=name, kind=str(body["kind"]), asked=asked, config=config, shared=shared, digest=sealed.digest)
     except (KeyError, TypeError, ValueError) as error:
         raise layout.damaged(source.shown, layout.tier_record(name), str(error)) from error
 
 
-def write_tier(place: Place, name: str, codec: Codec) -> Tier:
+def write_tier(place: Place, name: str, codec: Codec, asked: Mapping[str, Any]) -> Tier:
     """Commit a tier, or find it committed with the very same codec. Raises IdentityError for another one."""
-    part, data = encode_tier(name, codec)
+    part, data = encode_tier(name, codec, asked)
     existing = read_tier(place, name)
     if existing is None:
         group = {f"{layout.tier_group(name)}/zarr.json": group_metadata()}

@@ -15,10 +15,11 @@ import numpy as np
 
 from logitcache.codecs import codec_from_config
 from logitcache.codecs.codec import Codec
-from logitcache.errors import UserError
+from logitcache.errors import IdentityError, UserError
 from logitcache.records import TeacherTargets, TokenSequence
 from logitcache.store import layout
 from logitcache.store.commits import Committed, consolidate, list_committed
+from logitcache.store.envelope import canonical
 from logitcache.store.fetch import Rows, fetch_objects, fetch_rows
 from logitcache.store.manifest import Manifest
 from logitcache.store.part import (
@@ -82,17 +83,32 @@ class Store:
         """Names of the committed tiers."""
         return list_tiers(self.place)
 
-    def create_tier(self, name: str, codec: Codec) -> None:
+    def create_tier(self, name: str, codec: Codec, asked: Mapping[str, Any] | None = None) -> None:
         """Commit a tier's configuration and shared arrays; the same again does nothing.
+
+        Args:
+            name: of the tier.
+            codec: what it keeps.
+            asked: what the codec is the outcome of, to tell a later build that asks for something else; JSON.
 
         Raises:
             IdentityError: the tier exists with another codec.
         """
-        write_tier(self.place, name, codec)
+        write_tier(self.place, name, codec, asked or {})
 
     def tier_codec(self, name: str) -> Codec:
         """The codec of a committed tier. Raises UserError if there is none of that name."""
         return self._tier(name).codec(self.place, self.codec_factory)
+
+    def require_asked(self, name: str, asked: Mapping[str, Any]) -> None:
+        """Raise IdentityError unless the committed tier was made for what is asked now."""
+        was = self._tier(name).asked
+        if canonical(was) != canonical(dict(asked)):
+            raise IdentityError(
+                f"tier {name} of {self.place.shown} with {canonical(dict(asked)).decode()}",
+                f"it was made with {canonical(was).decode()}",
+                "ask for that, or build in another place",
+            )
 
     def write_targets(
         self,

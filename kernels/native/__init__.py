@@ -1,0 +1,1 @@
+"""The compiled engine for CPUs: C++ built on first use (see `kernels.native.build`)."""

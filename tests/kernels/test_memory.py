@@ -1,0 +1,52 @@
+"""Peak memory: a bounded tile beyond the gradients, flat in the number of rows. Measured, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys, torch, kernels
+from kernels import chunked
+from tools.bench.kernels_memory import peak_extra_bytes
+from tests.kernels.cases import head, targets_of, log_probs_of, top_k
+
+backend, kind, vocab, width, tile = sys.argv[1], sys.argv[2], 10_007, 32, 4 << 20
+chunked.TILE_BYTES = tile
+teacher = head(1, vocab, width, 2)
+for rows in (64, 256, 2048):
+    student = head(rows, vocab, width, 1)
+    student.hidden.requires_grad_(), student.weight.requires_grad_()
+    if kind == "hidden":
+        loss, targets = kernels.reverse_kl, head(rows, vocab, width, 2)
+    else:
+        one = top_k(log_probs_of(teacher), [8])
+        loss = kernels.forward_kl_coarse
+        targets = kernels.TopKTargets(
+            ids=one.ids.repeat(rows), log_probs=one.log_probs.repeat(rows), entropy=one.entropy.repeat(rows),
+            row_splits=torch.arange(rows + 1) * 8, tail_log_mass=one.tail_log_mass.repeat(rows))
+    def step():
+        loss(student, targets, backend=backend).loss.sum().backward()
+        return student.hidden.grad, student.weight.grad
+    if rows > 64:
+        gradients = student.hidden.nbytes + student.weight.nbytes
+        student.hidden.grad = student.weight.grad = None
+        print((peak_extra_bytes(step) - gradients) / 2**20)
+    else:
+        step()
+"""
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top_k"])
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_peak_is_a_tile_and_flat_in_rows(backend: str, kind: str) -> None:
+    """4 MiB of tiles; 2,048 rows of dense float32 logits would be 78 MiB a side."""
+    command = [sys.executable, "-c", SCRIPT, backend, kind]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back: nothing hides in a heap
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    few, many = map(float, done.stdout.split())
+    assert many <= 24, "MiB beyond the gradients: tiles, a few numbers a row, a library's workspace"
+    assert many - few <= 4, "MiB more for eight times the rows: hidden-sized buffers only"

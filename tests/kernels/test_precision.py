@@ -1,0 +1,85 @@
+"""bfloat16 inputs: no worse than plain torch in the same precision, near the teacher above all (where peers fail)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import LinearHead
+from tests.kernels.cases import generator, gradients, head, relative_error, trainable
+
+WEIGHTS = {"forward": 1.0, "reverse": 0.0, "mixed": 0.5}
+
+
+def plain(student: LinearHead, teacher: LinearHead, forward_weight: float) -> Tensor:
+    """What one writes without this package: bfloat16 logits, then float32 log-softmax."""
+    log_q = (student.hidden @ student.weight.T).float().log_softmax(1)
+    log_p = (teacher.hidden @ teacher.weight.T).float().log_softmax(1).detach()
+    forward = (log_p.exp() * (log_p - log_q)).sum(1)
+    reverse = (log_q.exp() * (log_q - log_p)).sum(1)
+    return forward_weight * forward + (1 - forward_weight) * reverse
+
+
+def errors(student: LinearHead, teacher: LinearHead, forward_weight: float, backend: str) -> dict[str, float]:
+    """Relative errors of loss and gradients, against float64, of one way to compute them."""
+
+    def run(name: str) -> dict[str, Tensor]:
+        copy = trainable(student)
+        if name == "plain":
+            loss = plain(copy, teacher, forward_weight)
+        else:
+            loss = kernels.mixed_kl(copy, teacher, forward_weight=forward_weight, backend=name).loss  # type: ignore[arg-type]
+        loss.mean().backward()
+        return {"loss": loss.detach(), **gradients(copy)}
+
+    truth, got = run("reference"), run(backend)
+    return {key: relative_error(got[key], truth[key]) for key in truth}
+
+
+@pytest.mark.parametrize("forward_weight", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+@pytest.mark.parametrize("distance", [0.01, 0.03, 0.3, None], ids=["kl1e-4", "kl1e-3", "kl1e-1", "far"])
+def test_no_worse_than_plain_torch(distance: float | None, backend: str, forward_weight: float) -> None:
+    """Student and teacher share the head; the student's states are the teacher's, nudged (None: unrelated)."""
+    teacher = head(96, 2003, 64, 1, dtype=torch.bfloat16)
+    nudge = torch.randn(teacher.hidden.shape, generator=generator(5))
+    hidden = nudge if distance is None else teacher.hidden.float() + distance * nudge
+    student = replace(teacher, hidden=hidden.bfloat16())
+    ours = errors(student, teacher, forward_weight, backend)
+    theirs = errors(student, teacher, forward_weight, "plain")
+    for key in ours:
+        assert ours[key] <= 1.05 * theirs[key] + 1e-6, (key, ours[key], theirs[key])
+
+
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_small_divergences_keep_their_digits(backend: str) -> None:
+    """KL of 1e-4 nats from bfloat16 inputs: three digits, because logits are never rounded."""
+    teacher = head(64, 5003, 64, 1, dtype=torch.bfloat16)
+    hidden = teacher.hidden.float() + 0.01 * torch.randn(teacher.hidden.shape, generator=generator(5))
+    student = replace(teacher, hidden=hidden.bfloat16())
+    truth = kernels.forward_kl(student, teacher, backend="reference")
+    assert 1e-5 < truth.loss.mean().item() < 1e-2
+    got = kernels.forward_kl(student, teacher, backend=backend)  # type: ignore[arg-type]
+    assert relative_error(got.forward_kl, truth.forward_kl) <= 1e-3
+    assert got.reverse_kl is not None
+    assert truth.reverse_kl is not None
+    assert relative_error(got.reverse_kl, truth.reverse_kl) <= 1e-3
+
+
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_float32_master_weights_under_bfloat16_states(backend: str) -> None:
+    """As under autocast: products in bfloat16, the head's gradient in float32."""
+    student = head(33, 301, 32, 1)
+    student = trainable(replace(student, hidden=student.hidden.bfloat16()))
+    teacher = head(33, 301, 32, 2, dtype=torch.bfloat16)
+    kernels.forward_kl(student, teacher, backend=backend).loss.mean().backward()  # type: ignore[arg-type]
+    rounded = trainable(replace(student, weight=student.weight.bfloat16()))
+    kernels.forward_kl(rounded, teacher, backend="reference").loss.mean().backward()
+    assert student.weight.grad is not None
+    assert rounded.weight.grad is not None
+    assert student.weight.grad.dtype == torch.float32
+    assert relative_error(student.weight.grad, rounded.weight.grad) <= 5e-3
