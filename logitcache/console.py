@@ -19,8 +19,14 @@ from logitcache.errors import UserError
 _PLAIN_INTERVAL_S = 10.0
 
 
-def run_command(app: Callable[..., Any], argv: list[str] | None = None) -> int:
-    """Run a cyclopts app on `argv`; the exit code. `--debug` anywhere shows tracebacks of user errors."""
+def run_command(app: Callable[..., Any], argv: list[str] | None = None, *, after_interrupt: str) -> int:
+    """Run a cyclopts app; the exit code. `--debug` anywhere shows tracebacks of user errors.
+
+    Args:
+        app: the app.
+        argv: its arguments; the process's by default.
+        after_interrupt: what Ctrl-C leaves behind, and how to go on.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
@@ -32,7 +38,7 @@ def run_command(app: Callable[..., Any], argv: list[str] | None = None) -> int:
         note(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        note("interrupted; what was committed stays, and the same command goes on from there")
+        note(f"interrupted; {after_interrupt}")
         return 130
     except BrokenPipeError:
         return 141
@@ -47,6 +53,13 @@ def note(text: str) -> None:
 def answer(value: dict[str, Any], text: str, *, as_json: bool) -> None:
     """The command's answer on standard output: one JSON object, or text for people."""
     print(json.dumps(value) if as_json else text, flush=True)
+
+
+def quiet_transformers() -> None:
+    """Switch off transformers' own progress bars, which would be drawn across ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 class Progress(AbstractContextManager["Progress"]):

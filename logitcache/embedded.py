@@ -63,9 +63,10 @@ def _wheel_dir() -> Path:
 def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    from logitcache.console import quiet_transformers
+
+    quiet_transformers()
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
     model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
     # A model read from GGUF still calls itself quantized, and then refuses to be saved, although it no longer is.

@@ -43,8 +43,8 @@ class Plan:
 
 
 PLANS = {
-    Size.DEFAULT: Plan(problems=96, window=64, layers=15, steps=16, sequences=8),
-    Size.SMALL: Plan(problems=24, window=24, layers=10, steps=3, sequences=4),
+    Size.DEFAULT: Plan(problems=96, window=32, layers=20, steps=10, sequences=8),
+    Size.SMALL: Plan(problems=32, window=24, layers=20, steps=3, sequences=8),
 }
 
 
@@ -69,7 +69,7 @@ def demo(
     build = f"--limit {plan.problems} --max-new-tokens {plan.window} --problems-per-unit 32"
     _run(f"logitcache.cli build --teacher {model} --problems {shlex.quote(problems)} --out {cache} {build}")
     if not student.exists():
-        _run(f"trainer.cli prune {model} --out {student} --layers {plan.layers}")
+        _run(f"trainer.cli prune {model} --cache {cache} --out {student} --layers {plan.layers}")
     _clear_unfinished(out)
     train = f"--steps {plan.steps} --sequences {plan.sequences} --window {plan.window}"
     _run(f"trainer.cli grid {cache} --student {student} --teacher {model} --out {out} {train}")
@@ -96,4 +96,4 @@ def _clear_unfinished(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(app))
+    raise SystemExit(run_command(app, after_interrupt="run it again to go on"))

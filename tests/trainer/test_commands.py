@@ -1,0 +1,243 @@
+"""The commands end to end, on a tiny teacher and a real cache: what they write, what they need, what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitcache import open_cache
+from logitcache.jobs import BuildRequest, build_cache
+from logitcache.prompts import PromptStyle
+from logitcache.scoring import Sampling
+from trainer.flops import FlopLedger, Phase
+from trainer.split import is_held_out
+
+SIZE = ["--steps", "6", "--sequences", "4", "--window", "12", "--learning-rate", "3e-3", "--precision", "float32"]
+SIZE += ["--held-out-share", "0.4"]
+
+
+def trainer(*arguments: str | Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command line; `before` is Python that runs first in the same process."""
+    code = f"{before}\nfrom trainer.cli import main\nmain()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("cache")
+    problems = place / "problems.jsonl"
+    problems.write_text(
+        "".join(json.dumps({"id": f"p{n}", "problem": f"What is {n} + {n}?"}) + "\n" for n in range(16))
+    )
+    request = BuildRequest(
+        problems=str(problems), out=str(place / "cache"), teacher=str(tiny_dir), targets="hidden", dtype="float32"
+    )
+    build_cache(request, sampling=Sampling(max_new_tokens=12, top_p=1.0), style=PromptStyle(instruction=""))
+    return place / "cache"
+
+
+@pytest.fixture(scope="module")
+def start(cache: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("start") / "student"
+    done = trainer("prune", tiny_dir, "--cache", cache, "--layers", "1", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 1
+    return out
+
+
+def test_a_pruned_student_is_its_teacher_less_some_layers(start: Path, tiny_dir: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(place) for place in (start, tiny_dir))
+    mine, theirs = student.state_dict(), teacher.state_dict()
+    assert len(student.model.layers) == 1
+    kept = [
+        layer
+        for layer in range(2)
+        if torch.equal(mine["model.layers.0.mlp.up_proj.weight"], theirs[f"model.layers.{layer}.mlp.up_proj.weight"])
+    ]
+    assert len(kept) == 1
+    assert all(
+        torch.equal(value, theirs[name.replace("layers.0.", f"layers.{kept[0]}.")]) for name, value in mine.items()
+    )
+    assert AutoTokenizer.from_pretrained(start).get_vocab() == AutoTokenizer.from_pretrained(tiny_dir).get_vocab()
+
+
+NO_TEACHER = """
+import sys
+
+class NoTeacher:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("logitcache.scorers"):
+            raise AssertionError(f"{name} was imported")
+
+sys.meta_path.insert(0, NoTeacher())
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+
+import atexit
+def report():
+    weights = sorted({name for name in opened if name.endswith(".safetensors")})
+    print("weights opened:", weights, file=sys.stderr)
+atexit.register(report)
+import socket
+def refuse(*_):
+    raise AssertionError("the network was touched")
+socket.socket.connect = refuse
+"""
+
+
+def test_training_from_the_cache_needs_no_teacher(cache: Path, start: Path, tmp_path: Path) -> None:
+    """No engine can be imported, no network reached, and no weights but the student's are opened."""
+    own = shutil.copytree(start, tmp_path / "start")
+    out = tmp_path / "run"
+    done = trainer("distill", cache, "--student", own, "--out", out, *SIZE, "--json", before=NO_TEACHER)
+    assert done.returncode == 0, done.stderr
+    opened = done.stderr.split("weights opened: ")[1]
+    assert all(str(tmp_path) in name for name in opened.strip().strip("[]").split(", ") if name), opened
+    result = json.loads(done.stdout)
+    assert result["teacher_engine_imported"] is False
+    assert result["held_out"]["forward_kl_nats"]["after"] < result["held_out"]["forward_kl_nats"]["before"]
+    assert (
+        json.loads((out / "config.json").read_text())["cache_manifest"]
+        == open_cache(str(cache), targets=None).manifest.digest
+    )
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 6
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(out / "student")
+    AutoTokenizer.from_pretrained(out / "student")
+
+
+@pytest.fixture(scope="module")
+def grid(cache: Path, start: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
+    out = tmp_path_factory.mktemp("grid") / "demo"
+    shutil.copytree(start, out / "student")
+    options = ["--teacher", tiny_dir, "--out", out, "--students", "5", "--top-p", "1.0", *SIZE]
+    done = trainer("grid", cache, "--student", out / "student", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout), done.stderr
+
+
+def test_the_grid_reports_four_cells(grid: tuple[Path, Any, str], cache: Path) -> None:
+    out, report, _ = grid
+    assert json.loads((out / "report.json").read_text()) == report
+    assert {"run_s", "device", "commit", "cells"} <= report.keys()
+    cells = {(cell["prefix"], cell["divergence"]): cell for cell in report["cells"]}
+    assert cells.keys() == {(p, d) for p in ("teacher", "student") for d in ("forward", "reverse")}
+    build = sum(open_cache(str(cache), targets=None).manifest.flops.values())
+    for (prefix, divergence), cell in cells.items():
+        held_out, flops = cell["held_out"], cell["flops"]
+        assert held_out.keys() >= {"forward_kl_nats", "reverse_kl_nats", "student_entropy_nats"}
+        assert all(change.keys() == {"before", "after"} for change in held_out.values())
+        trained = held_out[f"{divergence}_kl_nats"]
+        assert trained["after"] < trained["before"]
+        assert cell["tokens_per_s"] > 0 < cell["seconds"]
+        live = [flops["by_phase"][phase] for phase in (Phase.STUDENT_ROLLOUT, Phase.TEACHER_PREFILL)]
+        assert all(live) if prefix == "student" else not any(live)
+        assert cell["teacher_engine_imported"] is (prefix == "student")
+        share = -(-build // 5) if prefix == "teacher" else 0
+        assert flops["amortised"] == flops["marginal"] + share
+        ledger = FlopLedger.from_json(
+            json.loads((out / "cells" / f"{prefix}-{divergence}" / "ledger.json").read_text())["rows"]
+        )
+        assert ledger.marginal() == flops["marginal"]
+    start = {
+        json.dumps({name: change["before"] for name, change in cell["held_out"].items()}) for cell in cells.values()
+    }
+    assert len(start) == 1
+
+
+def test_the_report_can_be_read(grid: tuple[Path, Any, str]) -> None:
+    out, report, said = grid
+    text = (out / "report.md").read_text()
+    for cell in report["cells"]:
+        value = cell["held_out"]["reverse_kl_nats"]
+        assert f"{value['before']:.3f} -> {value['after']:.3f}" in text
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "steps" in said
+
+
+def test_held_out_problems_are_never_trained_on(grid: tuple[Path, Any, str], cache: Path) -> None:
+    _, report, _ = grid
+    problem_ids = open_cache(str(cache), targets=None).samples(["problem_id"])["problem_id"].to_pylist()
+    held_out = [name for name in problem_ids if is_held_out(name, 0.4)]
+    assert report["held_out"]["sequences"] == len(held_out) > 0
+
+
+def other_tokenizer(start: Path, tmp_path: Path) -> Path:
+    from transformers import AutoTokenizer
+
+    place = shutil.copytree(start, tmp_path / "other-tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer.add_tokens(["<one more>"])
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("command", "found"),
+    [
+        (lambda c, s, t, tmp: ["distill", tmp / "nowhere", "--student", s], "nowhere"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", tmp / "no-student"], "tokenizer cannot be loaded"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", other_tokenizer(s, tmp)], "the teacher's tokenizer"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--prefix", "student"], "no teacher to score"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--prefix", "student", "--teacher", s], "was built by"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--forward-weight", "1.5"], "got 1.5"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--steps", "0"], "below 1"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--held-out-share", "0.0001"], "0 held out"),
+        (lambda c, s, t, tmp: ["grid", c, "--student", s, "--teacher", s], "was built by"),
+        (lambda c, s, t, tmp: ["grid", c, "--student", s, "--teacher", tmp / "gone"], "gone"),
+        (lambda c, s, t, tmp: ["prune", t, "--cache", c, "--layers", "3"], "the teacher has 2"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    command: Callable[..., list[Any]], found: str, cache: Path, start: Path, tiny_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = trainer(*command(cache, start, tiny_dir, tmp_path), "--out", out)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert found in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_a_place_that_holds_something_else_is_left_alone(cache: Path, start: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = trainer("distill", cache, "--student", start, "--out", tmp_path)
+    assert done.returncode == 2
+    assert "it holds thesis.txt already" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_debug_shows_the_traceback(start: Path, tmp_path: Path) -> None:
+    done = trainer("distill", tmp_path / "nowhere", "--student", start, "--out", tmp_path / "out", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["distill", "grid", "prune"])
+def test_help_says_what_a_command_costs_and_gives_an_example(command: str) -> None:
+    done = trainer(command, "--help")
+    assert done.returncode == 0
+    words = " ".join(done.stdout.split())
+    assert "Costs" in words or "costs" in words
+    assert f"Example: trainer {command}" in words
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import trainer.cli, sys; assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)

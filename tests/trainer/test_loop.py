@@ -1,0 +1,160 @@
+"""The loop: what a step does to the weights does not depend on how it is cut, and bad numbers never reach them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from logitcache.errors import UserError
+from logitcache.records import HiddenStateTargets, ScoredSequence
+from trainer.batch import TeacherHead, collate
+from trainer.evaluate import evaluate
+from trainer.flops import FlopLedger, Phase
+from trainer.loop import distill
+from trainer.objectives import Objective
+from trainer.prefixes import CachedPrefixes
+from trainer.runs import MetricsLog
+from trainer.settings import BatchPlan, Optimisation
+from trainer.student import Student, load_student
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def other(student: Student) -> Student:
+    """A student that is not its teacher: the twin with noise on every matrix."""
+    noise = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in student.parameters:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
+    return student
+
+
+def train(
+    student: Student,
+    reader: Any,
+    head: TeacherHead,
+    directory: Path,
+    *,
+    forward_weight: float = 1.0,
+    steps: int = 3,
+    micro_batch_tokens: int = 4096,
+) -> FlopLedger:
+    ledger = FlopLedger()
+    plan = BatchPlan(sequences=4, max_completion_tokens=16, micro_batch_tokens=micro_batch_tokens)
+    source = CachedPrefixes(reader=reader, indices=range(len(reader)), head=head, plan=plan, seed=3, device=CPU)
+    directory.mkdir(exist_ok=True)
+    with MetricsLog(directory / "metrics.jsonl") as metrics:
+        distill(
+            student=student,
+            source=source,
+            objective=Objective(forward_weight=forward_weight),
+            optimisation=Optimisation(steps=steps, learning_rate=3e-3, warmup_steps=2),
+            ledger=ledger,
+            metrics=metrics,
+        )
+    return ledger
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_micro_batches_change_no_result(
+    other: Student, tiny_dir: Path, reader: Any, head: TeacherHead, tmp_path: Path
+) -> None:
+    twin = load_student(tiny_dir, vocab_size=other.vocab_size, precision="float32")
+    twin.model.load_state_dict(other.model.state_dict())
+    train(other, reader, head, tmp_path / "whole")
+    train(twin, reader, head, tmp_path / "cut", micro_batch_tokens=1)
+    for whole, cut in zip(lines(tmp_path / "whole"), lines(tmp_path / "cut"), strict=True):
+        assert whole["completion_tokens"] == cut["completion_tokens"]
+        assert cut["loss_nats"] == pytest.approx(whole["loss_nats"], rel=1e-4)
+        assert cut["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
+    # Adam's first steps are signs of gradients, so elements whose gradient is rounding noise may differ: compare most.
+    for one, two in zip(other.parameters, twin.parameters, strict=True):
+        assert float(((one - two).abs() > 1e-4).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize(("forward_weight", "name"), [(1.0, "forward_kl_nats"), (0.0, "reverse_kl_nats")])
+def test_the_divergence_that_is_trained_falls(
+    forward_weight: float, name: str, other: Student, scored: list[ScoredSequence], reader: Any, head: TeacherHead,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    held_out = [collate(scored, head, CPU)]
+    before = evaluate(other, held_out, FlopLedger(), step=0)
+    train(other, reader, head, tmp_path, forward_weight=forward_weight, steps=12)
+    after = evaluate(other, held_out, FlopLedger(), step=12)
+    assert getattr(after, name) < 0.6 * getattr(before, name)
+    metrics = lines(tmp_path)
+    assert [line["loss_nats"] for line in metrics] == [line[name] for line in metrics]
+    assert [line["learning_rate"] for line in metrics[:3]] == pytest.approx([1.5e-3, 3e-3, 3e-3])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    other: Student, scored: list[ScoredSequence], reader: Any, head: TeacherHead, tmp_path: Path
+) -> None:
+    targets = scored[5].targets
+    assert isinstance(targets, HiddenStateTargets)
+    bad = targets.hidden.copy()
+    bad[1, 0] = np.nan
+    spoiled = ScoredSequence(sequence=scored[5].sequence, targets=replace(targets, hidden=bad))
+    items = [spoiled if number == 5 else item for number, item in enumerate(scored)]
+    # Alone in its micro-batch, it alone is named.
+    untouched = [parameter.clone() for parameter in other.parameters]
+    with pytest.raises(UserError, match=scored[5].sequence.sample_id) as error:
+        train(other, type(reader)(items), head, tmp_path, steps=2, micro_batch_tokens=1)
+    assert error.value.asked.startswith("the loss of step ")
+    done = len(lines(tmp_path))
+    assert done == int(error.value.asked.removeprefix("the loss of step "))
+    if done == 0:
+        assert all(torch.equal(a, b) for a, b in zip(untouched, other.parameters, strict=True))
+    assert all(torch.isfinite(parameter).all() for parameter in other.parameters)
+
+
+def test_every_flop_of_training_is_in_the_ledger(
+    other: Student, reader: Any, head: TeacherHead, tmp_path: Path
+) -> None:
+    ledger = train(other, reader, head, tmp_path, steps=2)
+    totals = ledger.by_phase()
+    rows = sum(line["completion_tokens"] for line in lines(tmp_path))
+    assert totals[Phase.HEAD_REPROJECTION] == 2 * rows * head.weight.numel()
+    assert totals[Phase.STUDENT_BACKWARD] == 2 * totals[Phase.STUDENT_FORWARD] > 0
+    assert totals[Phase.TEACHER_PREFILL] == totals[Phase.STUDENT_ROLLOUT] == totals[Phase.EVALUATION] == 0
+    assert lines(tmp_path)[-1]["flops"] == ledger.marginal()
+
+
+def test_evaluation_equals_plain_double_precision(
+    other: Student, scored: list[ScoredSequence], head: TeacherHead
+) -> None:
+    ledger = FlopLedger()
+    found = evaluate(other, [collate(scored[:3], head, CPU), collate(scored[3:], head, CPU)], ledger, step=0)
+    sums = np.zeros(4)
+    tokens = 0
+    with torch.no_grad():
+        for item in scored:
+            ids = torch.from_numpy(item.sequence.token_ids[None].astype("int64"))
+            rows = slice(item.sequence.first_row, len(item.sequence) - 1)
+            student_logits = other.model(input_ids=ids).logits[0, rows, : other.vocab_size].double()
+            assert isinstance(item.targets, HiddenStateTargets)
+            teacher_logits = torch.from_numpy(item.targets.hidden).double() @ head.weight.double().T
+            q, p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+            terms = (p.exp() * (p - q), q.exp() * (q - p), -q.exp() * q, -p.exp() * p)
+            sums += [float(term.sum()) for term in terms]
+            tokens += item.sequence.completion_tokens
+    values = (found.forward_kl_nats, found.reverse_kl_nats, found.student_entropy_nats, found.teacher_entropy_nats)
+    assert values == pytest.approx((sums / tokens).tolist(), rel=1e-4)
+    assert (found.tokens, found.sequences) == (tokens, len(scored))
+    assert ledger.marginal() == 0 < ledger.by_phase()[Phase.EVALUATION]
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}])
+def test_impossible_optimisation_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        Optimisation(**{"steps": 1, "learning_rate": 1e-3, "warmup_steps": 1, **options})

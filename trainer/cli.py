@@ -1,0 +1,164 @@
+"""The `trainer` command: train students from a cache, or on their own text.
+
+Guarantees: as for `logitcache`: exit code 0 only when what was asked is done, one line for an error, `--json` for one
+JSON object on standard output. Models and torch are imported by the commands that need them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from logitcache.console import answer, run_command
+from logitcache.scoring import Sampling
+from trainer.settings import Prefix, Training
+
+app = App(name="trainer", help=__doc__.splitlines()[0], version_flags=[])
+
+RUN = Training()
+
+
+@app.command
+def prune(teacher: str, /, *, cache: str, layers: int, out: Path, json: bool = False) -> None:
+    """Cut a student out of a teacher: the decoder layers that matter most, everything else unchanged.
+
+    Costs one forward of the teacher over 16 cached sequences, to see how much each layer turns its input, and a copy of
+    the weights that are kept.
+
+    Example: trainer prune embedded --cache runs/demo/cache --layers 20 --out runs/student
+
+    Args:
+        teacher: the transformers model id or directory that built the cache; `embedded` is SmolLM2-135M-Instruct.
+        cache: its cache, for the text.
+        layers: how many decoder layers to keep.
+        out: a new directory for the student.
+        json: print one JSON object.
+    """
+    from trainer.recipes.prune import run_prune
+
+    result = run_prune(teacher=teacher, cache_url=cache, layers=layers, out=out)
+    text = f"{out}: layers {', '.join(map(str, result['layers']))} of the teacher's {result['teacher_layers']}"
+    answer(result, text, as_json=json)
+
+
+@app.command
+def distill(
+    cache: str,
+    /,
+    *,
+    student: str,
+    out: Path,
+    prefix: Prefix = Prefix.TEACHER,
+    forward_weight: float = 1.0,
+    teacher: str | None = None,
+    training: Annotated[Training, Parameter(name="*")] = RUN,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    top_k: int = 20,
+    json: bool = False,
+) -> None:
+    """Train one student and measure it on held-out problems before and after.
+
+    From the cache (teacher prefix) a step costs the student's forward and backward and the teacher's head; the teacher
+    itself is neither loaded nor looked for. On student prefixes it costs besides that the student's writing and the
+    teacher's reading of what it wrote: two to four times as much in all, more the larger the teacher.
+
+    Example: trainer distill runs/demo/cache --student runs/student --out runs/forward --steps 100
+
+    Args:
+        cache: a cache with hidden states, as `logitcache build` makes it.
+        student: the model to start from, a transformers model id or directory with the teacher's tokenizer.
+        out: a new directory for the trained student, its metrics and its result.
+        prefix: who writes the text: teacher (the cache) or student (live).
+        forward_weight: 1 is forward KL, 0 reverse KL, between them a linear mix.
+        teacher: the model that built the cache, to score what the student writes; `--prefix student` needs it.
+        training: how it is trained.
+        temperature: student prefixes: sampling temperature.
+        top_p: student prefixes: nucleus.
+        top_k: student prefixes: likeliest tokens to draw from.
+        json: print one JSON object.
+    """
+    from logitcache.identity import resolve_model
+    from trainer.recipes.distill import run_distill
+
+    result = run_distill(
+        cache_url=cache,
+        student_dir=resolve_model(student),
+        out=out,
+        prefix=prefix,
+        forward_weight=forward_weight,
+        teacher=teacher,
+        training=training,
+        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+    )
+    answer(result, _described(result), as_json=json)
+
+
+@app.command
+def grid(
+    cache: str,
+    /,
+    *,
+    student: str,
+    teacher: str,
+    out: Path,
+    training: Annotated[Training, Parameter(name="*")] = RUN,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    top_k: int = 20,
+    students: int = 10,
+    json: bool = False,
+) -> None:
+    """Train the four cells (teacher or student prefix, forward or reverse KL) from one start and report them.
+
+    Costs four times the steps of `distill`: two runs from the cache, two with the teacher in memory. The trained
+    students are measured and not kept.
+
+    Example: trainer grid runs/demo/cache --student runs/demo/student --teacher embedded --out runs/demo
+
+    Args:
+        cache: a cache with hidden states, as `logitcache build` makes it.
+        student: the model every cell starts from, a transformers model id or directory with the teacher's tokenizer.
+        teacher: the model that built the cache; loaded for the cells on student prefixes only.
+        out: a directory for the report (report.json, report.md, report.png), new or holding cache and student only.
+        training: how every cell is trained.
+        temperature: student prefixes: sampling temperature.
+        top_p: student prefixes: nucleus.
+        top_k: student prefixes: likeliest tokens to draw from.
+        students: how many students share the cache, for the amortised cost.
+        json: print one JSON object.
+    """
+    from logitcache.identity import resolve_model
+    from trainer.recipes.grid import run_grid
+    from trainer.report import table
+
+    report = run_grid(
+        cache_url=cache,
+        student_dir=resolve_model(student),
+        teacher=teacher,
+        out=out,
+        training=training,
+        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+        students=students,
+    )
+    answer(report, table(report), as_json=json)
+
+
+def main() -> None:
+    """Entry point."""
+    after = "metrics up to the last step stay; start again in another --out"
+    raise SystemExit(run_command(app, after_interrupt=after))
+
+
+def _described(result: dict) -> str:
+    held_out = result["held_out"]
+    lines = [f"{name}: {value['before']:.4f} -> {value['after']:.4f}" for name, value in held_out.items()]
+    flops = result["flops"]
+    lines.append(f"FLOPs: {flops['marginal']:.4g} marginal, {flops['amortised']:.4g} with the whole build")
+    return "\n".join([*lines, f"{result['tokens_per_s']:.0f} completion tokens/s, {result['seconds']:.1f} s"])
+
+
+if __name__ == "__main__":
+    main()

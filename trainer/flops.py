@@ -1,0 +1,123 @@
+"""The ledger of what a run cost in FLOPs: append-only rows by phase and step.
+
+Guarantees: nothing is ever taken back or merged; totals are exact integers; a ledger survives JSON unchanged. The
+formulas are `logitcache.flops`; docs/flops.md says what each phase holds. Causal attention is counted throughout: the
+kernels used here skip the other half.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from logitcache.flops import ModelShape, backward, body, forward, generate
+from trainer.batch import Batch
+
+
+class Phase(StrEnum):
+    """What was computed, by whom."""
+
+    TEACHER_DECODE = "teacher_decode"
+    """Generating with the teacher, its prompts included. Only a cache's build has it."""
+    TEACHER_PREFILL = "teacher_prefill"
+    """Running the teacher over given tokens, up to its final hidden states."""
+    STUDENT_ROLLOUT = "student_rollout"
+    """Generating with the student, its prompts included."""
+    STUDENT_FORWARD = "student_forward"
+    STUDENT_BACKWARD = "student_backward"
+    HEAD_REPROJECTION = "head_reprojection"
+    """The teacher's logits from its hidden states, cached or fresh."""
+    EVALUATION = "evaluation"
+    """Measuring: needed by no student, so in no cost of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlopRow:
+    """FLOPs of one phase of one step; step None is outside the steps."""
+
+    step: int | None
+    phase: Phase
+    flops: int
+
+
+class FlopLedger:
+    """Rows in the order they were added."""
+
+    def __init__(self, rows: Iterable[FlopRow] = ()) -> None:
+        self._rows = list(rows)
+
+    @property
+    def rows(self) -> tuple[FlopRow, ...]:
+        """All of them."""
+        return tuple(self._rows)
+
+    def add(self, phase: Phase, flops: int, *, step: int | None) -> None:
+        """Append a row."""
+        if flops < 0:
+            raise ValueError(f"FLOPs of {phase}: got {flops}, expected 0 or more")
+        self._rows.append(FlopRow(step=step, phase=phase, flops=flops))
+
+    def by_phase(self) -> dict[Phase, int]:
+        """Totals, a phase without rows being 0."""
+        totals = dict.fromkeys(Phase, 0)
+        for row in self._rows:
+            totals[row.phase] += row.flops
+        return totals
+
+    def marginal(self) -> int:
+        """What this run cost, given that the store exists: every phase but evaluation."""
+        return sum(flops for phase, flops in self.by_phase().items() if phase is not Phase.EVALUATION)
+
+    def amortised(self, *, build_flops: int, students: int) -> int:
+        """`marginal` plus this student's share of a build that `students` students train from, rounded up.
+
+        Args:
+            build_flops: generating and scoring the cache; 0 for a run that needs none.
+            students: how many share it, at least 1.
+        """
+        if students < 1:
+            raise ValueError(f"students: got {students}, expected 1 or more")
+        return self.marginal() - (-build_flops // students)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Rows as plain values."""
+        return [asdict(row) for row in self._rows]
+
+    @classmethod
+    def from_json(cls, rows: Sequence[Mapping[str, Any]] | str) -> FlopLedger:
+        """The ledger that `to_json` (or `json.dumps` of it) came from."""
+        plain = json.loads(rows) if isinstance(rows, str) else rows
+        return cls(FlopRow(step=row["step"], phase=Phase(row["phase"]), flops=row["flops"]) for row in plain)
+
+
+def add_training(ledger: FlopLedger, shape: ModelShape, batch: Batch, *, teacher_head_flops: int, step: int) -> None:
+    """A training step's rows for one batch: the student twice forward backwards, the teacher's logits once.
+
+    The chunked and Triton divergences compute both sides' logits once and take the gradient in place, so the head's
+    backward is two products, as everywhere else.
+    """
+    cost = forward(shape, batch.sequence_lengths, head_rows=batch.target_rows)
+    ledger.add(Phase.STUDENT_FORWARD, cost, step=step)
+    ledger.add(Phase.STUDENT_BACKWARD, backward(cost), step=step)
+    ledger.add(Phase.HEAD_REPROJECTION, teacher_head_flops, step=step)
+
+
+def add_evaluation(ledger: FlopLedger, shape: ModelShape, batch: Batch, *, teacher_head_flops: int, step: int) -> None:
+    """An evaluation's row for one batch: the student's forward and the teacher's logits."""
+    cost = forward(shape, batch.sequence_lengths, head_rows=batch.target_rows)
+    ledger.add(Phase.EVALUATION, cost + teacher_head_flops, step=step)
+
+
+def add_rollout(
+    ledger: FlopLedger, shape: ModelShape, prompt_tokens: Sequence[int], new_tokens: Sequence[int], *, step: int
+) -> None:
+    """A student's generation, its prefill included."""
+    ledger.add(Phase.STUDENT_ROLLOUT, sum(generate(shape, prompt_tokens, new_tokens)), step=step)
+
+
+def add_scoring(ledger: FlopLedger, shape: ModelShape, lengths: Sequence[int], *, step: int) -> None:
+    """A teacher's prefill over sequences of these many rows, up to its hidden states."""
+    ledger.add(Phase.TEACHER_PREFILL, body(shape, lengths), step=step)

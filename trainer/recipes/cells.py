@@ -1,0 +1,89 @@
+"""One cell of the grid: train a student from a source of prefixes, measure it before and after."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from logitcache.console import Progress
+from trainer.batch import Batch
+from trainer.evaluate import HeldOut, evaluate
+from trainer.flops import FlopLedger
+from trainer.loop import distill
+from trainer.objectives import Objective
+from trainer.prefixes import PrefixSource
+from trainer.runs import MetricsLog, write_json
+from trainer.settings import Training
+from trainer.student import Student
+
+ENGINE_MODULE = "logitcache.scorers.hf"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CellRun:
+    """What one cell's run needs: where it writes, and who is told of every step."""
+
+    directory: Path
+    on_step: Callable[[dict[str, Any]], None]
+
+
+def run_cell(
+    *,
+    student: Student,
+    source: PrefixSource,
+    objective: Objective,
+    training: Training,
+    held_out: list[Batch],
+    before: HeldOut,
+    run: CellRun,
+) -> tuple[dict[str, Any], FlopLedger]:
+    """Train and measure; writes `metrics.jsonl` and `ledger.json`. Returns the cell's result and its ledger."""
+    ledger = FlopLedger()
+    with MetricsLog(run.directory / "metrics.jsonl") as metrics:
+        trained = distill(
+            student=student,
+            source=source,
+            objective=objective,
+            optimisation=training.optimisation,
+            ledger=ledger,
+            metrics=metrics,
+            on_step=run.on_step,
+        )
+    # Asked before anything else could load one: was the teacher's engine in this process while the cell trained?
+    engine_imported = ENGINE_MODULE in sys.modules
+    after = evaluate(student, held_out, ledger, step=training.steps)
+    write_json(run.directory / "ledger.json", {"rows": ledger.to_json()})
+    pairs = zip(asdict(before).items(), asdict(after).values(), strict=True)
+    result = {
+        "held_out": {name: {"before": first, "after": last} for (name, first), last in pairs if name.endswith("_nats")},
+        "completion_tokens": trained.completion_tokens,
+        "tokens_per_s": trained.completion_tokens / trained.seconds,
+        "seconds": trained.seconds,
+        "teacher_engine_imported": engine_imported,
+    }
+    return result, ledger
+
+
+def flops_of(ledger: FlopLedger, *, build_flops: int, students: int) -> dict[str, Any]:
+    """A report's FLOPs of one cell: by phase, marginal, and amortised over `students`."""
+    return {
+        "by_phase": {str(phase): flops for phase, flops in ledger.by_phase().items()},
+        "marginal": ledger.marginal(),
+        "amortised": ledger.amortised(build_flops=build_flops, students=students),
+        "amortised_over_students": students,
+    }
+
+
+def show_step(progress: Progress, line: dict[str, Any]) -> None:
+    """Move a progress line on by one step."""
+    progress.show(
+        loss=f"{line['loss_nats']:.3f}",
+        forward=f"{line['forward_kl_nats']:.3f}",
+        reverse="unknown" if line["reverse_kl_nats"] is None else f"{line['reverse_kl_nats']:.3f}",
+        entropy=f"{line['student_entropy_nats']:.2f}",
+        tokens_per_s=f"{line['completion_tokens'] / line['step_s']:.0f}",
+    )
+    progress.add()

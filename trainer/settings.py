@@ -1,0 +1,115 @@
+"""The values that decide a run, valid once built. Imports nothing heavy: command lines read their options from here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from logitcache.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """How much text a step takes.
+
+    Attributes:
+        sequences: B, per step.
+        max_completion_tokens: the training window.
+        micro_batch_tokens: rows that go through the student at once; bounds memory and changes no result.
+    """
+
+    sequences: int
+    max_completion_tokens: int
+    micro_batch_tokens: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """AdamW with a linear warm-up, then constant (arXiv 2605.16826 warms up over 5% of its steps).
+
+    Attributes:
+        steps: optimizer steps.
+        learning_rate: after the warm-up.
+        warmup_steps: the first steps, over which it rises linearly.
+        max_grad_norm: the gradient's 2-norm is clipped to it.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError("at least 1 step", f"got {self.steps}", "set --steps")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise UserError("a learning rate above 0", f"got {self.learning_rate}", "set --learning-rate")
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..."""
+        return self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+
+
+class Prefix(StrEnum):
+    """Who writes the text a student is taught on."""
+
+    TEACHER = "teacher"
+    """The teacher did; it is in the cache."""
+    STUDENT = "student"
+    """The student does, at every step; the teacher scores it live."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a student is trained, the same for every cell.
+
+    Attributes:
+        steps: optimizer steps.
+        sequences: per step.
+        window: completion tokens of a sequence that are trained on, and that a student writes.
+        learning_rate: of AdamW, after a linear warm-up over `warmup_steps`.
+        warmup_steps: steps until the learning rate is reached.
+        kl_temperature: divides both sides' logits in the divergence.
+        micro_batch_tokens: tokens that go through the student at once; bounds memory and changes no result.
+        precision: of the matrix products: bfloat16 (over float32 weights) or float32.
+        held_out_share: of the problems, chosen by a hash of their id.
+        held_out_sequences: how many of those to measure on, at most.
+        seed: of order and sampling.
+    """
+
+    steps: int = 10
+    sequences: int = 8
+    window: int = 32
+    learning_rate: float = 1e-4
+    warmup_steps: int = 2
+    kl_temperature: float = 1.0
+    micro_batch_tokens: int = 4096
+    precision: str = "bfloat16"
+    held_out_share: float = 0.2
+    held_out_sequences: int = 24
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequences", "window", "micro_batch_tokens", "held_out_sequences"):
+            if getattr(self, name) < 1:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} {getattr(self, name)}", "it is below 1", "ask for at least 1")
+        if not 0 < self.held_out_share < 1:
+            raise UserError(f"--held-out-share {self.held_out_share}", "not between 0 and 1", "try 0.2")
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How much text a step takes."""
+        return BatchPlan(
+            sequences=self.sequences, max_completion_tokens=self.window, micro_batch_tokens=self.micro_batch_tokens
+        )
+
+    @property
+    def optimisation(self) -> Optimisation:
+        """What the optimizer does."""
+        return Optimisation(
+            steps=self.steps, learning_rate=self.learning_rate, warmup_steps=min(self.warmup_steps, self.steps)
+        )

@@ -1,0 +1,126 @@
+"""The model that learns: loaded, run to its final hidden states, saved.
+
+Guarantees: weights are float32 masters; a forward stops at the state after the final norm, so no `[tokens, vocabulary]`
+tensor arises here; sequences are packed, so no FLOP goes to padding; what is saved loads with
+`AutoModelForCausalLM.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernels import LinearHead
+from logitcache.console import quiet_transformers
+from logitcache.errors import UserError
+from logitcache.flops import ModelShape
+from trainer.batch import Batch
+from trainer.packing import packed_sequences
+
+PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Student:
+    """A causal language model in float32 and the precision its matrix products are taken in.
+
+    Attributes:
+        model: any `AutoModelForCausalLM` whose head is linear.
+        tokenizer: saved beside it.
+        vocab_size: real tokens; the head's rows from there on are padding and carry no probability.
+        precision: bfloat16 (autocast) or float32.
+    """
+
+    model: Any
+    tokenizer: Any
+    vocab_size: int
+    precision: torch.dtype = torch.bfloat16
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def shape(self) -> ModelShape:
+        """What decides its FLOPs."""
+        return ModelShape.from_config(self.model.config.to_dict())
+
+    def head_over(self, batch: Batch) -> LinearHead:
+        """Run the packed batch; the states of its R completion rows with the head over them.
+
+        The states are rounded to `precision`, in which the head's products are then taken.
+        """
+        with packed_sequences(self.model), self._autocast():
+            states_1TD = self.model.get_decoder()(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.position_ids[None],
+                sequence_lengths=batch.sequence_lengths,
+                use_cache=False,
+            ).last_hidden_state
+        layer, config = self.model.get_output_embeddings(), self.model.config
+        return LinearHead(
+            hidden=states_1TD[0].index_select(0, batch.rows).to(self.precision),
+            weight=layer.weight,
+            bias=layer.bias,
+            soft_cap=getattr(config, "final_logit_softcapping", None),
+            scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
+            vocab_size=self.vocab_size,
+        )
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
+    def save(self, directory: Path) -> None:
+        """Write model and tokenizer to a new directory, which appears whole or not at all."""
+        partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+        self.model.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        partial.rename(directory)
+
+
+def load_student(model_dir: Path, *, vocab_size: int, precision: str = "bfloat16") -> Student:
+    """Load a model directory with float32 weights, on the GPU if torch sees one.
+
+    Args:
+        model_dir: as written by `save_pretrained`, tokenizer included.
+        vocab_size: the teacher's; a student has at least as many rows in its head.
+        precision: of the matrix products, `bfloat16` or `float32`.
+
+    Raises:
+        UserError: no such model, an unknown precision, or a head smaller than the vocabulary.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision}", f"it is not {' or '.join(PRECISIONS)}", "choose one of them")
+    quiet_transformers()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"a student in {model_dir}", f"cannot be loaded ({error})", "check the directory") from error
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < vocab_size:
+        raise UserError(
+            f"a student for {vocab_size} tokens", f"its head has {rows} rows", "use the teacher's tokenizer"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # Evaluation mode: a divergence from fixed targets is taken without dropout on either side.
+    return Student(
+        model=model.eval().to(device), tokenizer=tokenizer, vocab_size=vocab_size, precision=PRECISIONS[precision]
+    )
