@@ -1,4 +1,4 @@
-"""The `logitcache` command: build, look at and check caches.
+"""The `logitcache` command: prepare problems; build, look at and check caches.
 
 Guarantees: exit code 0 only when what was asked is done; an error is one line on standard error that says what was
 asked, what was found and what to do. Engines are imported by the commands that need one.
@@ -11,9 +11,12 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from logitcache.cluster import RayCluster
 from logitcache.console import Progress, answer, run_command
 from logitcache.errors import UserError
 from logitcache.jobs import BuildRequest, build_cache, describe, score_cache
+from logitcache.prepare import PrepareRequest
+from logitcache.prepare import prepare as prepare_problems
 from logitcache.prompts import PromptStyle
 from logitcache.scoring import Sampling
 from logitcache.store.verify import Report
@@ -30,6 +33,10 @@ def build(
     sampling: Annotated[Sampling, Flat] = Sampling(),  # noqa: B008 (frozen)
     style: Annotated[PromptStyle, Flat] = PromptStyle(),  # noqa: B008 (frozen)
     worker: str = "1/1",
+    cluster: Literal["ray"] | None = None,
+    workers: int = 1,
+    gpus_per_worker: float = 0.0,
+    address: str | None = None,
     json: bool = False,
 ) -> None:
     """Run a teacher over problems and keep its completions and what it thought of every token.
@@ -45,11 +52,32 @@ def build(
         sampling: how completions are drawn.
         style: how a problem is put to the teacher.
         worker: this worker of so many, such as `2/8`.
+        cluster: `ray` spreads the units over a Ray cluster instead, and does lost ones again.
+        workers: engines at a time on the cluster.
+        gpus_per_worker: GPUs that each of them takes.
+        address: of a running Ray cluster; one is started on this machine by default.
         json: print one JSON object.
     """
-    number, workers = _worker(worker)
-    built = build_cache(request, sampling=sampling, style=style, worker=number, workers=workers)
+    number, of = _worker(worker)
+    ray = RayCluster(workers=workers, gpus_per_worker=gpus_per_worker, address=address) if cluster else None
+    built = build_cache(request, sampling=sampling, style=style, worker=number, workers=of, cluster=ray)
     answer(built, cache_summary(built), as_json=json)
+
+
+@app.command
+def prepare(request: Annotated[PrepareRequest, Flat], *, json: bool = False) -> None:
+    """Make a raw problem set fit for training: no repeats, and nothing that an evaluation set asks.
+
+    Costs seconds. What was left out, and why, goes into a `.dropped.jsonl` file beside the kept problems.
+
+    Example: logitcache prepare --problems raw.parquet --against math500.parquet --out train.parquet
+
+    Args:
+        request: what to prepare.
+        json: print one JSON object.
+    """
+    told = prepare_problems(request)
+    answer(told, "\n".join(f"{name:18}{value}" for name, value in told.items()), as_json=json)
 
 
 @app.command
@@ -176,7 +204,8 @@ def export(
 
 def main() -> None:
     """Entry point."""
-    raise SystemExit(run_command(app))
+    resume = "what was committed stays, and the same command goes on from there"
+    raise SystemExit(run_command(app, after_interrupt=resume))
 
 
 def _worker(text: str) -> tuple[int, int]:

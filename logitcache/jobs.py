@@ -17,13 +17,14 @@ from logitcache.build import Build, Unit, cut_into_units, missing_units, require
 from logitcache.cluster import RayCluster, build_on_ray
 from logitcache.codecs import TargetSpec, parse_targets
 from logitcache.console import Progress, note
-from logitcache.errors import IdentityError, require
+from logitcache.errors import IdentityError, UserError, require
 from logitcache.identity import model_display_name, resolve_model, tokenizer_fingerprint, weights_fingerprint
 from logitcache.problems import Problem, load_problems, problems_digest
 from logitcache.prompts import PromptStyle, prompts_identity, render_prompts
-from logitcache.scorers.choose import EngineName, load_teacher, parse_engine, teacher_identity
+from logitcache.scorers.choose import EngineName, Served, load_teacher, parse_engine, teacher_identity
 from logitcache.scoring import DTYPES, Sampling
 from logitcache.store import Store, create, open_cache, open_store
+from logitcache.store.place import redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,12 @@ class BuildRequest:
     @property
     def engines(self) -> tuple[EngineName, EngineName]:
         """The generator and the scorer."""
-        return parse_engine(self.generator, "--generator"), parse_engine(self.scorer, "--scorer")
+        generator, scorer = parse_engine(self.generator, "--generator"), parse_engine(self.scorer, "--scorer")
+        if isinstance(scorer, Served):
+            raise UserError(
+                f"--scorer {redact(self.scorer)}", "a server shows no hidden states", "score with transformers or vllm"
+            )
+        return generator, scorer
 
 
 def build_cache(

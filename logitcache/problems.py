@@ -28,6 +28,15 @@ class Problem:
     answer: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Where to find a problem's parts."""
+
+    problem: str = "problem"
+    answer: str = "answer"
+    id: str = "id"
+
+
 def load_problems(source: str, *, limit: int | None = None) -> list[Problem]:
     """Read the problems of a file, URL or hub dataset, `limit` of them at most.
 
@@ -45,6 +54,11 @@ def load_problems(source: str, *, limit: int | None = None) -> list[Problem]:
     return problems
 
 
+def load_rows(source: str, columns: Columns | None = None) -> list[Problem]:
+    """Every row of a problem set as it stands, repeats included. Raises as `load_problems`, but may be empty."""
+    return [_problem(row, source, columns or Columns()) for row in _rows(source)]
+
+
 def problems_digest(problems: Iterable[Problem]) -> str:
     """SHA-256 over ids and texts in order, 64 hex digits."""
     digest = hashlib.sha256()
@@ -58,19 +72,20 @@ def _distinct(rows: Iterable[dict[str, Any]], source: str, limit: int | None) ->
     for row in rows:
         if limit is not None and len(problems) >= limit:
             break
-        problem = _problem(row, source)
+        problem = _problem(row, source, Columns())
         problems.setdefault(problem.id, problem)
     return list(problems.values())
 
 
-def _problem(row: dict[str, Any], source: str) -> Problem:
-    text = row.get("problem")
+def _problem(row: dict[str, Any], source: str, columns: Columns) -> Problem:
+    text = row.get(columns.problem)
     if not isinstance(text, str):
         have = ", ".join(map(str, row)) or "none"
         found = f"found columns {have}" if text is None else f"found a {type(text).__name__} in it"
-        raise UserError(f"a text column `problem` in {source}", found, "rename the column that holds the problems")
-    answer = row.get("answer")
-    ident = row.get("id") or hashlib.sha256(text.encode()).hexdigest()[:16]
+        asked = f"a text column `{columns.problem}` in {source}"
+        raise UserError(asked, found, "name or rename the column that holds the problems")
+    answer = row.get(columns.answer)
+    ident = row.get(columns.id) or hashlib.sha256(text.encode()).hexdigest()[:16]
     return Problem(id=str(ident), text=text, answer="" if answer is None else str(answer))
 
 

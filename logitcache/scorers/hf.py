@@ -7,7 +7,6 @@ language-model head is applied to the rows that need it and in tiles, never to a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,15 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-from logitcache.errors import UserError
+from logitcache.console import quiet_transformers
+from logitcache.errors import UserError, require
 from logitcache.records import FinishReason, Head, Origin, TeacherTargets, TokenSequence, sample_id_of
+from logitcache.scorers.drawing import draw, seed_of, uniform_of
+from logitcache.scorers.fits import check_context, check_sequences
 from logitcache.scorers.select import TorchHead, targets_of
-from logitcache.scoring import Prompt, Sampling, TargetRequest
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+from logitcache.scoring import DTYPES, Prompt, Sampling, TargetRequest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +76,7 @@ class HFEngine:
         self, sequences: Sequence[TokenSequence], want: Sequence[TargetRequest]
     ) -> list[tuple[TeacherTargets, ...]]:
         """See `Scorer.score`. Sequences of like length share a batch; rows after a sequence's end are never kept."""
-        self._check(sequences)
+        check_sequences(sequences, vocab_size=self.vocab_size, context_tokens=self._context_tokens)
         results: dict[int, tuple[TeacherTargets, ...]] = {}
         for batch in _length_batches([len(sequence) for sequence in sequences], self.batch_tokens):
             states = self._hidden([sequences[i] for i in batch])
@@ -89,7 +90,7 @@ class HFEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[TokenSequence]:
         """See `Generator.generate`."""
         for prompt in prompts:
-            self._check_context(prompt.problem_id, len(prompt.token_ids) + sampling.max_new_tokens)
+            check_context(prompt.problem_id, len(prompt.token_ids) + sampling.max_new_tokens, self._context_tokens)
         drafts = [
             _Draft.start(prompt, sampling, number)
             for prompt in prompts
@@ -125,7 +126,7 @@ class HFEngine:
                     input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
                 )
                 uniform = [draft.uniform[len(draft.token_ids)] if not draft.reason else 0.0 for draft in drafts]
-                tokens = _sample(self.torch_head.log_probs(states.last_hidden_state[:, -1]), uniform, sampling)
+                tokens = draw(self.torch_head.log_probs(states.last_hidden_state[:, -1]), uniform, sampling)
                 for draft, token in zip(drafts, tokens.tolist(), strict=True):
                     draft.append(token, self.stop_ids, sampling.max_new_tokens)
                 running = [i for i, draft in enumerate(drafts) if not draft.reason]
@@ -161,24 +162,9 @@ class HFEngine:
             seed=draft.seed,
         )
 
-    def _check(self, sequences: Sequence[TokenSequence]) -> None:
-        for sequence in sequences:
-            self._check_context(sequence.problem_id, len(sequence))
-            if int(sequence.token_ids.max()) >= self.vocab_size:
-                raise UserError(
-                    f"scores for problem {sequence.problem_id}",
-                    f"token id {sequence.token_ids.max()} is beyond the teacher's {self.vocab_size} tokens",
-                    "use sequences made with the teacher's own tokenizer",
-                )
-
-    def _check_context(self, problem_id: str, tokens: int) -> None:
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if context is not None and tokens > context:
-            raise UserError(
-                f"{tokens} tokens for problem {problem_id}",
-                f"the model's context holds {context}",
-                "ask for fewer new tokens or leave that problem out",
-            )
+    @property
+    def _context_tokens(self) -> int | None:
+        return getattr(self.model.config, "max_position_embeddings", None)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -193,10 +179,8 @@ class _Draft:
 
     @classmethod
     def start(cls, prompt: Prompt, sampling: Sampling, number: int) -> _Draft:
-        key = hashlib.sha256(f"{sampling.seed}\n{prompt.problem_id}\n{number}".encode()).digest()
-        seed = int.from_bytes(key[:8], "little") >> 1
-        uniform = np.random.default_rng(seed).random(sampling.max_new_tokens)
-        return cls(prompt=prompt, seed=seed, uniform=uniform, token_ids=[])
+        seed = seed_of(sampling, prompt.problem_id, number)
+        return cls(prompt=prompt, seed=seed, uniform=uniform_of(seed, sampling.max_new_tokens), token_ids=[])
 
     def append(self, token: int, stop_ids: frozenset[int], max_new_tokens: int) -> None:
         if self.reason:
@@ -214,11 +198,11 @@ def load_engine(model_dir: Path, *, dtype: str = "bfloat16", **options: Any) -> 
     Raises:
         UserError: an unknown dtype, or a model that transformers cannot load as a causal language model.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype}", f"this engine computes in {' or '.join(DTYPES)}", "choose one of them")
+    require(dtype in DTYPES, f"a dtype, {' or '.join(DTYPES)}", dtype)
     tokenizer = load_tokenizer(model_dir)
+    quiet_transformers()
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPES[dtype], use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype), use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"a causal language model in {model_dir.name}", f"cannot be loaded ({error})", "check the directory"
@@ -235,10 +219,15 @@ def engine_for(model: Any, tokenizer: Any, **options: Any) -> HFEngine:
     return HFEngine(
         model=model,
         vocab_size=min(max(vocabulary.values()) + 1, model.config.get_text_config().vocab_size),
-        stop_ids=stop_ids_of(model, tokenizer),
+        stop_ids=stop_ids_of(model.generation_config, tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(vocabulary),
         **options,
     )
+
+
+def engine_identity() -> dict[str, str]:
+    """The engine and its versions, which decide the rounding of every value."""
+    return {"name": "transformers", "version": transformers.__version__, "torch": torch.__version__}
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -251,11 +240,18 @@ def load_tokenizer(model_dir: Path) -> Any:
         ) from error
 
 
-def stop_ids_of(model: Any, tokenizer: Any) -> frozenset[int]:
+def stop_ids_of(generation_config: Any, tokenizer: Any) -> frozenset[int]:
     """Ids that end a completion: those of the generation config and the tokenizer's end-of-sequence token."""
-    configured = model.generation_config.eos_token_id
+    configured = generation_config.eos_token_id
     ids = [] if configured is None else [configured] if isinstance(configured, int) else list(configured)
     return frozenset(ids) | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+
+
+def load_stop_ids(model_dir: Path, tokenizer: Any) -> frozenset[int]:
+    """The same ids, read from a model's directory without loading the model."""
+    if (model_dir / "generation_config.json").is_file():
+        return stop_ids_of(GenerationConfig.from_pretrained(model_dir), tokenizer)
+    return stop_ids_of(GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_dir)), tokenizer)
 
 
 def _length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -277,19 +273,3 @@ def _left_padded(prompts: Sequence[tuple[int, ...]], device: torch.device) -> tu
     for row, row_mask, prompt in zip(ids, mask, prompts, strict=True):
         row[longest - len(prompt) :], row_mask[longest - len(prompt) :] = prompt, 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-
-
-def _sample(log_probs_BV: Tensor, uniform_B: Sequence[float], sampling: Sampling) -> Tensor:
-    """int64[B] tokens: temperature, then top-k, then nucleus, then the inverse of the cumulative distribution."""
-    if sampling.temperature == 0:
-        return log_probs_BV.argmax(dim=-1)
-    kept = log_probs_BV.shape[1] if sampling.top_k is None else min(sampling.top_k, log_probs_BV.shape[1])
-    values_BK, ids_BK = (log_probs_BV / sampling.temperature).topk(kept, dim=-1)
-    probs_BK = values_BK.softmax(dim=-1).double()
-    before_BK = probs_BK.cumsum(dim=-1) - probs_BK
-    probs_BK = torch.where(before_BK < sampling.top_p, probs_BK, 0.0)
-    cumulative_BK = probs_BK.cumsum(dim=-1)
-    points_B1 = torch.tensor(uniform_B, dtype=torch.float64, device=log_probs_BV.device)[:, None]
-    choice_B1 = torch.searchsorted(cumulative_BK, points_B1 * cumulative_BK[:, -1:], right=True)
-    last_B1 = (probs_BK > 0).sum(dim=-1, keepdim=True) - 1
-    return ids_BK.gather(1, torch.minimum(choice_B1, last_B1))[:, 0]

@@ -131,9 +131,9 @@ class _TopK:
         self.rows.add(log_probs_RV, tokens_R)
         values_RK, ids_RK = log_probs_RV.topk(min(self.request.max_k, log_probs_RV.shape[1]), dim=-1)
         probs_RK = values_RK.exp()
-        before_RK = probs_RK.cumsum(dim=-1) - probs_RK
-        keep_RK = (probs_RK >= self.request.min_probability) & (before_RK < self.request.mass)
-        keep_RK &= values_RK > -torch.inf
+        keep_RK = (probs_RK >= self.request.min_probability) & (values_RK > -torch.inf)
+        if self.request.mass < 1:  # a peaked row's float32 sum reaches 1 long before its last entry
+            keep_RK &= probs_RK.cumsum(dim=-1) - probs_RK < self.request.mass
         keep_RK[:, :1] = True
         # Exact tail: what remains once the kept ids are struck out, never 1 - kept, which cancels.
         struck = log_probs_RV.scatter(1, ids_RK, torch.where(keep_RK, -torch.inf, values_RK))

@@ -1,0 +1,110 @@
+"""Engines by name: `transformers`, `vllm`, or a server's `http://host:port#model`.
+
+Guarantees: one engine serves both abilities where both names are the same; nothing is loaded until it is asked for, and
+no engine stands in for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from logitcache.build import Engine
+from logitcache.errors import UserError
+from logitcache.records import Head, TeacherTargets, TokenSequence
+from logitcache.scoring import Generator, Prompt, Sampling, Scorer, TargetRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model behind a URL."""
+
+    url: str
+    model: str
+
+
+EngineName = Literal["transformers", "vllm"] | Served
+
+
+def parse_engine(text: str, option: str) -> EngineName:
+    """An engine from the command line. Raises UserError for a name that is none."""
+    match text:
+        case "transformers" | "vllm":
+            return text
+        case _ if text.startswith(("http://", "https://")) and text.count("#") == 1:
+            url, _, model = text.partition("#")
+            return Served(url=url, model=model)
+    raise UserError(f"{option} {text}", "no engine of that name", "say transformers, vllm or http://host:port#model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoEngines:
+    """One engine writes, another scores."""
+
+    generator: Generator
+    scorer: Scorer
+
+    @property
+    def head(self) -> Head:
+        """The scorer's."""
+        return self.scorer.head
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[TokenSequence]:
+        """See `Generator.generate`."""
+        return self.generator.generate(prompts, sampling)
+
+    def score(
+        self, sequences: Sequence[TokenSequence], want: Sequence[TargetRequest]
+    ) -> list[tuple[TeacherTargets, ...]]:
+        """See `Scorer.score`."""
+        return self.scorer.score(sequences, want)
+
+
+def load_teacher(
+    generator: EngineName, scorer: EngineName, model_dir: Path, *, dtype: str, on_sequences: Callable[[int], None]
+) -> Engine:
+    """The engine, or the two engines, of a build. Raises UserError as their loaders do."""
+
+    def load(name: EngineName) -> Any:
+        match name:
+            case "transformers":
+                from logitcache.scorers.hf import load_engine
+
+                return load_engine(model_dir, dtype=dtype, on_sequences=on_sequences)
+            case "vllm":
+                from logitcache.scorers.vllm_load import load_vllm_engine
+
+                return load_vllm_engine(model_dir, dtype=dtype, on_sequences=on_sequences)
+            case Served(url=url, model=model):
+                from logitcache.scorers.endpoint import Endpoint
+                from logitcache.scorers.vllm_http import connect
+
+                return connect(Endpoint(url=url, model=model), model_dir, on_sequences=on_sequences)
+
+    if generator == scorer:
+        both: Engine = load(generator)
+        return both
+    return TwoEngines(generator=load(generator), scorer=load(scorer))
+
+
+def teacher_identity(generator: EngineName, scorer: EngineName) -> dict[str, Any]:
+    """The engines and versions that decide a cache's bytes: one engine's, or both."""
+    if generator == scorer:
+        return _identity(generator)
+    return {"generator": _identity(generator), "scorer": _identity(scorer)}
+
+
+def _identity(name: EngineName) -> dict[str, str]:
+    match name:
+        case "transformers":
+            from logitcache.scorers.hf import engine_identity
+
+            return engine_identity()
+        case "vllm":
+            from logitcache.scorers.vllm_load import vllm_identity
+
+            return vllm_identity()
+        case Served(model=model):
+            return {"name": "http", "model": model}

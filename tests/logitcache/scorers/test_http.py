@@ -1,0 +1,241 @@
+"""Servers that misbehave: each is a real one on loopback, and each ends in an answer or in one clear error."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+
+from logitcache.errors import UserError
+from logitcache.records import FinishReason, Origin, TokenSequence, TopKTargets
+from logitcache.scorers.endpoint import Endpoint
+from logitcache.scorers.vllm_http import HTTPEngine
+from logitcache.scoring import HiddenStateRequest, TopKRequest
+
+MODELS = {"data": [{"id": "teacher", "max_model_len": 64}]}
+
+
+def rows_for(body: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """What a model of five tokens says that always gives token i the probability (i + 1) / 15."""
+    row = {str(i): {"logprob": float(np.log((i + 1) / 15))} for i in (4, 3, 2)}
+    rows: list[dict[str, Any] | None] = [None]
+    for token in body["prompt"][1:]:
+        rows.append({**row, str(token): {"logprob": float(np.log((token + 1) / 15))}})
+    return rows
+
+
+def good(body: dict[str, Any]) -> tuple[int, Any]:
+    return 200, {"model": "teacher", "choices": [{"prompt_logprobs": rows_for(body)}]}
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """A server on loopback that answers completions by `play`, and remembers what it saw."""
+
+    play: Callable[[dict[str, Any]], tuple[int, Any]] = good
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    under_way: int = 0
+    most_under_way: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@pytest.fixture
+def stage() -> Stage:
+    return Stage()
+
+
+@pytest.fixture
+def url(stage: Stage) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(200, MODELS)
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with stage.lock:
+                stage.bodies.append(body)
+                stage.under_way += 1
+                stage.most_under_way = max(stage.most_under_way, stage.under_way)
+            try:
+                answer = stage.play(body)
+            finally:
+                with stage.lock:
+                    stage.under_way -= 1
+            self.reply(*answer)
+
+        def reply(self, status: int, value: Any) -> None:
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """A client that hangs up, or a play that dies, is what these tests are about."""
+
+    server = Quiet(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def engine_at(url: str, **options: Any) -> HTTPEngine:
+    endpoint = Endpoint(
+        url=url, model="teacher", **{"attempts": 3, "longest_pause_s": 0.05, "timeout_s": 5.0, **options}
+    )
+    return HTTPEngine(
+        endpoint=endpoint, vocab_size=5, stop_ids=frozenset({0}), tokenizer_fingerprint="f", context_tokens=64
+    )
+
+
+def sequence(*token_ids: int, prompt: int = 1) -> TokenSequence:
+    return TokenSequence(
+        token_ids=np.array(token_ids, np.int32),
+        prompt_tokens=prompt,
+        origin=Origin.CORPUS,
+        sample_id="s",
+        problem_id="p",
+        finish_reason=FinishReason.GIVEN,
+    )
+
+
+def test_rows_tail_and_realised_token(url: str) -> None:
+    requests = [TopKRequest(max_k=3), TopKRequest(max_k=3, mass=0.3), TopKRequest(max_k=3, min_probability=0.25)]
+    ((full, nucleus, threshold),) = engine_at(url).score([sequence(1, 4, 0, prompt=1)], requests)
+    assert isinstance(full, TopKTargets)
+    assert full.ids.tolist() == [2, 3, 4, 2, 3, 4]
+    assert np.exp(full.log_probs) == pytest.approx(np.array([3, 4, 5, 3, 4, 5]) / 15)
+    assert np.exp(full.tail_log_mass) == pytest.approx(np.array([3, 3]) / 15)
+    assert np.exp(full.token_log_prob) == pytest.approx(np.array([5, 1]) / 15)
+    assert np.isnan(full.entropy).all()
+    assert nucleus.ids.tolist() == [4, 4]
+    assert threshold.ids.tolist() == [3, 4, 3, 4]
+
+
+def test_a_sequence_without_completion_is_not_even_asked_for(url: str, stage: Stage) -> None:
+    ((targets,),) = engine_at(url).score([sequence(1, 2, prompt=2)], [TopKRequest()])
+    assert len(targets) == 0
+    assert stage.bodies == []
+
+
+def test_what_a_server_cannot_give_is_refused(url: str, stage: Stage) -> None:
+    engine = engine_at(url)
+    with pytest.raises(UserError, match=r"HiddenState from http.*a server gives top-k and nothing else"):
+        engine.score([sequence(1, 2)], [HiddenStateRequest()])
+    with pytest.raises(UserError, match="the output head from http"):
+        _ = engine.head
+    with pytest.raises(UserError, match="context holds 63"):
+        engine.score([sequence(*[1] * 64)], [TopKRequest()])
+    with pytest.raises(UserError, match="beyond the teacher's 5 tokens"):
+        engine.score([sequence(1, 5)], [TopKRequest()])
+    assert stage.bodies == []
+
+
+def test_a_server_that_is_busy_for_a_while_is_asked_again(url: str, stage: Stage) -> None:
+    def busy_twice(body: dict[str, Any]) -> tuple[int, Any]:
+        return good(body) if len(stage.bodies) > 2 else (503, {"error": "busy"})
+
+    stage.play = busy_twice
+    assert len(engine_at(url).score([sequence(1, 2)], [TopKRequest(max_k=3)])) == 1
+    assert len(stage.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ((500, {}), "none in 3 attempts .status 500"),
+        ((400, {"error": {"message": "k is above --max-logprobs"}}), "status 400: k is above --max-logprobs"),
+        ((200, b"<html>"), "an answer that is not JSON"),
+        ((200, {"model": "impostor", "choices": [{}]}), "impostor answered"),
+        ((200, {"model": "teacher", "choices": [{}]}), "gave no rows of log-probabilities"),
+    ],
+)
+def test_an_answer_that_is_none(url: str, stage: Stage, answer: tuple[int, Any], found: str) -> None:
+    stage.play = lambda body: answer
+    with pytest.raises(UserError, match=found):
+        engine_at(url).score([sequence(1, 2)], [TopKRequest()])
+    assert len(stage.bodies) == (3 if answer[0] == 500 else 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"4": {"logprob": float("nan")}, "2": {"logprob": -1.0}}, "not finite"),
+        ({"7": {"logprob": -0.1}, "2": {"logprob": -1.0}}, "probability of id 7, beyond the 5 tokens"),
+        ({"4": {"logprob": -0.1}}, "no log-probability of token 2"),
+    ],
+)
+def test_rows_that_make_no_sense(url: str, stage: Stage, row: dict[str, Any], found: str) -> None:
+    stage.play = lambda body: (200, {"model": "teacher", "choices": [{"prompt_logprobs": [None, row]}]})
+    with pytest.raises(UserError, match=f"scores for problem p: .*{found}"):
+        engine_at(url).score([sequence(1, 2)], [TopKRequest()])
+
+
+def test_a_server_that_hangs_is_given_up(url: str, stage: Stage) -> None:
+    def hang(body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(1)
+        return good(body)
+
+    stage.play = hang
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"none in 2 attempts \(.*timed out"):
+        engine_at(url, attempts=2, timeout_s=0.2).score([sequence(1, 2)], [TopKRequest()])
+    assert time.monotonic() - start < 5
+
+
+def test_a_server_that_is_not_there() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://user:secret@127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(UserError, match=r"none in 3 attempts .*refused") as caught:
+        engine_at(url).score([sequence(1, 2)], [TopKRequest()])
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_dies_between_requests_loses_nothing_silently(url: str, stage: Stage) -> None:
+    def die(body: dict[str, Any]) -> tuple[int, Any]:
+        if len(stage.bodies) > 4:
+            raise ConnectionAbortedError
+        return good(body)
+
+    stage.play = die
+    done: list[int] = []
+    engine = engine_at(url, concurrency=2)
+    counting = HTTPEngine(**{**vars(engine), "on_sequences": done.append})
+    with pytest.raises(UserError, match="none in 3 attempts"):
+        counting.score([sequence(1, 2)] * 40, [TopKRequest()])
+    assert len(done) < 6
+
+
+def test_no_more_requests_at_once_than_allowed_and_the_order_stays(url: str, stage: Stage) -> None:
+    def slow(body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.02 * (len(stage.bodies) % 3))
+        return good(body)
+
+    stage.play = slow
+    sequences = [sequence(*[1] * (2 + n)) for n in range(20)]
+    scored = engine_at(url, concurrency=3).score(sequences, [TopKRequest(max_k=3)])
+    assert [len(targets) for (targets,) in scored] == list(range(1, 21))
+    assert 1 < stage.most_under_way <= 3
+
+
+def test_the_context_comes_from_the_model_that_was_asked_for(url: str) -> None:
+    assert Endpoint(url=url, model="teacher").context_tokens() == 64
+    with pytest.raises(UserError, match=r"model other at .*: it serves teacher"):
+        Endpoint(url=url, model="other").context_tokens()
+    with pytest.raises(UserError, match="a server's URL"):
+        Endpoint(url="localhost:8000", model="teacher")
