@@ -1,0 +1,155 @@
+"""Top-k: every number that comes back is within the bound that its docstring states."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+
+from logitcache.codecs import TopKCodec, uniform_prior
+from logitcache.codecs.dense import log_softmax, select_topk
+from logitcache.codecs.quantize import ROOT_STEP
+from logitcache.codecs.topk import ENTRIES, ROWS
+from logitcache.codecs.topk_values import RootGrid
+from logitcache.errors import DamagedError, UserError
+from logitcache.records import TopKTargets
+from logitcache.scoring import TopKRequest
+
+
+def codec_for(vocab: int, request: TopKRequest, step: float = 0.01) -> TopKCodec:
+    levels = RootGrid(offset=request.min_probability**0.5, step=step).midpoints()
+    return TopKCodec(prior=uniform_prior(vocab), request=request, step=step, levels=levels)
+
+
+def again(codec: TopKCodec, targets: TopKTargets) -> TopKTargets:
+    return codec.decode(codec.encode([targets]).arrays)
+
+
+def kept_mass(targets: TopKTargets) -> NDArray[np.float64]:
+    return np.add.reduceat(np.exp(targets.log_probs.astype(np.float64)), targets.row_splits[:-1])
+
+
+requests = st.builds(
+    TopKRequest,
+    max_k=st.integers(1, 40),
+    min_probability=st.sampled_from([0.0, 1e-5, 1e-3, 0.1]),
+    mass=st.sampled_from([1.0, 0.9, 0.5]),
+)
+# Draws from few values, so that there are ties; widths from flat to one token with nearly everything.
+logits = arrays(np.float32, (5, 30), elements=st.sampled_from([-60.0, -8.0, -3.0, 0.0, 0.5, 4.0, 12.0]))
+
+
+@given(logits, requests, st.integers(0, 29))
+@settings(deadline=None, max_examples=150)
+def test_everything_is_within_its_bound(values: NDArray[np.float32], request: TopKRequest, token: int) -> None:
+    targets = select_topk(log_softmax(values), np.full(5, token, np.int32), request)
+    codec = codec_for(30, request)
+    back = again(codec, targets)
+    np.testing.assert_array_equal(back.ids, targets.ids)
+    np.testing.assert_array_equal(back.row_splits, targets.row_splits)
+    assert (back.log_probs <= 1e-6).all()
+    assert np.isfinite(back.log_probs).all()
+    tail = np.exp(back.tail_log_mass.astype(np.float64))
+    np.testing.assert_allclose(kept_mass(back) + tail, 1, atol=1e-5)
+    np.testing.assert_array_equal(np.isneginf(back.tail_log_mass), np.isneginf(targets.tail_log_mass))
+    some = np.isfinite(targets.tail_log_mass) & (targets.tail_log_mass > -30)
+    np.testing.assert_allclose(back.tail_log_mass[some], targets.tail_log_mass[some], atol=1 / 32 + 1e-4)
+    for name, sign in (("token_log_prob", -1), ("entropy", 1)):
+        mine, theirs = (np.sqrt(np.maximum(sign * getattr(part, name), 0)) for part in (back, targets))
+        np.testing.assert_allclose(mine, theirs, atol=ROOT_STEP / 2 + 1e-4)
+    _check_roots(codec, targets, back)
+
+
+def _check_roots(codec: TopKCodec, targets: TopKTargets, back: TopKTargets) -> None:
+    for start, stop in zip(targets.row_splits, targets.row_splits[1:], strict=False):
+        truth, mine = (np.exp(part.log_probs[start:stop].astype(np.float64) / 2) for part in (targets, back))
+        top = truth.argmax()
+        others = np.arange(len(truth)) != top
+        unclamped = mine[top] > mine[others].max(initial=0) * 1.0001
+        if unclamped:
+            assert (np.abs(mine - truth)[others] <= codec.step + 1e-6).all()
+        assert mine[top] >= mine.max() - 1e-6
+
+
+@pytest.mark.parametrize("vocab", [2, 49_152, 151_936])
+def test_vocabularies_of_any_size(vocab: int) -> None:
+    log_probs = log_softmax(np.random.default_rng(0).standard_normal((3, vocab)).astype(np.float32) * 3)
+    request = TopKRequest(max_k=64, min_probability=1e-4)
+    targets = select_topk(log_probs, np.array([0, 1, vocab - 1], np.int32), request)
+    back = again(codec_for(vocab, request), targets)
+    np.testing.assert_array_equal(back.ids, targets.ids)
+
+
+def test_the_last_ids_of_a_large_vocabulary() -> None:
+    targets = dataclasses.replace(_row([0, 151_935], [0.6, 0.3]), tail_log_mass=np.log(np.float32([0.1])))
+    back = again(codec_for(151_936, TopKRequest()), targets)
+    assert back.ids.tolist() == [0, 151_935]
+    np.testing.assert_allclose(np.exp(back.log_probs), [0.6, 0.3], atol=0.02)
+
+
+def test_one_kept_token_has_all_that_is_not_tail() -> None:
+    back = again(codec_for(10, TopKRequest(max_k=1)), _row([7], [0.75]))
+    np.testing.assert_allclose(np.exp(back.log_probs), 0.75, atol=0.01)
+    certain = dataclasses.replace(_row([7], [1.0]), tail_log_mass=np.float32([-np.inf]))
+    assert again(codec_for(10, TopKRequest(max_k=1)), certain).log_probs.tolist() == [0.0]
+
+
+def test_equal_probabilities_stay_nearly_equal() -> None:
+    back = again(codec_for(10, TopKRequest()), _row([1, 2, 3], [0.3, 0.3, 0.3]))
+    assert np.ptp(np.exp(back.log_probs / 2)) <= 0.02
+
+
+@pytest.mark.parametrize("request_", [TopKRequest(max_k=3), TopKRequest(max_k=9, min_probability=0.2)])
+def test_selection_takes_the_likeliest_and_of_equals_the_first(request_: TopKRequest) -> None:
+    log_probs = np.log(np.float32([[0.1, 0.25, 0.25, 0.25, 0.15], [0.96, 0.01, 0.01, 0.01, 0.01]]))
+    targets = select_topk(log_probs, np.zeros(2, np.int32), request_)
+    expected = [1, 2, 3, 0, 1, 2] if request_.max_k == 3 else [1, 2, 3, 0]
+    assert targets.ids.tolist() == expected
+    np.testing.assert_allclose(kept_mass(targets) + np.exp(targets.tail_log_mass), 1, atol=1e-6)
+
+
+def test_nucleus_stops_once_the_mass_is_reached() -> None:
+    log_probs = np.log(np.float32([[0.1, 0.5, 0.3, 0.1]]))
+    for mass, expected in ((0.4, [1]), (0.5, [1]), (0.51, [1, 2]), (0.85, [0, 1, 2])):
+        request = TopKRequest(max_k=4, mass=mass)
+        assert select_topk(log_probs, np.zeros(1, np.int32), request).ids.tolist() == expected
+
+
+def test_a_repeated_id_and_an_empty_row_are_refused() -> None:
+    codec = codec_for(10, TopKRequest())
+    with pytest.raises(UserError, match="repeated"):
+        codec.encode([_row([3, 3], [0.3, 0.3])])
+    with pytest.raises(UserError, match="empty row"):
+        codec.encode([_row([], [])])
+
+
+def test_bytes_that_do_not_fit_together_are_damage() -> None:
+    codec = codec_for(10, TopKRequest())
+    arrays = dict(codec.encode([_row([1, 2, 3], [0.3, 0.2, 0.1])]).arrays)
+    with pytest.raises(DamagedError, match="entries"):
+        codec.decode(arrays | {ENTRIES: arrays[ENTRIES][:-1]})
+    with pytest.raises(DamagedError, match="below 10"):
+        codec.decode(arrays | {ENTRIES: arrays[ENTRIES] | np.uint32(1 << 20)})
+    assert codec.decode({ROWS: arrays[ROWS][:0], ENTRIES: arrays[ENTRIES][:0]}).ids.size == 0
+
+
+def test_a_step_that_cannot_reach_one_half_is_refused() -> None:
+    with pytest.raises(UserError, match="255 cells"):
+        codec_for(10, TopKRequest(), step=0.001)
+
+
+def _row(ids: list[int], probs: list[float]) -> TopKTargets:
+    kept = np.array(probs, np.float32)
+    return TopKTargets(
+        ids=np.array(ids, np.int32),
+        log_probs=np.log(kept),
+        row_splits=np.array([0, len(ids)], np.int64),
+        tail_log_mass=np.log(np.maximum(1 - kept.sum(keepdims=True), 1e-9)).astype(np.float32),
+        token_log_prob=np.float32([-0.5]),
+        entropy=np.float32([1.0]),
+    )
