@@ -11,14 +11,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from logitcache.embedded import NAME as EMBEDDED_NAME
 from logitcache.embedded import embedded_teacher_dir
-from logitcache.errors import UserError
+from logitcache.errors import IdentityError, UserError
 
 EMBEDDED = "embedded"
 """The model name that stands for the embedded default teacher."""
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _UNSTABLE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
@@ -32,6 +34,8 @@ def resolve_model(name: str) -> Path:
         return embedded_teacher_dir()
     path = Path(name).expanduser()
     if not path.is_dir():
+        if not _HUB_ID.fullmatch(name):
+            raise UserError(f"model {name}", "no such directory, and no hub id", "check the name")
         path = _hub_snapshot(name)
     if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
         raise UserError(
@@ -64,6 +68,17 @@ def tokenizer_fingerprint(vocabulary: Mapping[str, int]) -> str:
     """32 hex digits over a tokenizer's id space (`get_vocab()`): two models share targets if they agree on it."""
     pairs = sorted((ident, token) for token, ident in vocabulary.items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:32]
+
+
+def require_same_teacher(url: str, built_by: Mapping[str, Any], model_dir: Path) -> None:
+    """Raise IdentityError unless a directory holds the teacher that a cache's identity names (`built_by`)."""
+    have = weights_fingerprint(model_dir)
+    if have != built_by["fingerprint"]:
+        raise IdentityError(
+            f"teacher {model_dir.name} for {url}",
+            f"its weights are {have[:12]}, the cache was built by {built_by['name']}, {built_by['fingerprint'][:12]}",
+            "name the teacher that built the cache",
+        )
 
 
 def _file_sha256(file: Path) -> str:

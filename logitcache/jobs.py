@@ -7,7 +7,7 @@ can tell.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,14 @@ from logitcache.build import Build, Unit, cut_into_units, missing_units, require
 from logitcache.cluster import RayCluster, build_on_ray
 from logitcache.codecs import TargetSpec, parse_targets
 from logitcache.console import Progress, note
-from logitcache.errors import IdentityError, UserError, require
-from logitcache.identity import model_display_name, resolve_model, tokenizer_fingerprint, weights_fingerprint
+from logitcache.errors import UserError, require
+from logitcache.identity import (
+    model_display_name,
+    require_same_teacher,
+    resolve_model,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from logitcache.problems import Problem, load_problems, problems_digest
 from logitcache.prompts import PromptStyle, prompts_identity, render_prompts
 from logitcache.scorers.choose import EngineName, Served, load_teacher, parse_engine, teacher_identity
@@ -138,27 +144,23 @@ def score_cache(url: str, *, teacher: str, targets: str) -> dict[str, Any]:
     units = [Unit(name=name, prompts=()) for name in committed.sequences]
     share = missing_units(committed, units, [spec.kind for spec in specs])
     if share:
-        from logitcache.scorers.hf import load_engine
-
+        scorer = parse_engine(built_by["engine"].get("scorer", built_by["engine"])["name"], "the cache's scorer")
+        job = _Job(
+            engines=(scorer, scorer),
+            dtype=built_by["dtype"],
+            model_dir=model_dir,
+            shape=shape,
+            store=store,
+            units=units,
+            specs=specs,
+            sampling=Sampling(**store.identity["sampling"]),
+        )
         sequences = len(open_cache(url, targets=None, committed=True))
         note(f"{len(share)} of {len(units)} units to score, {sequences} sequences, in {url}")
         with Progress("score", sequences, "sequences") as progress:
-            engine = load_engine(model_dir, dtype=built_by["dtype"], on_sequences=progress.add)
-            sampling = Sampling(**store.identity["sampling"])
-            Build(engine=engine, shape=shape, store=store, units=units, specs=specs, sampling=sampling).run(share)
+            job(progress.add).run(share)
     store.seal(units=len(units))
     return describe(url)
-
-
-def require_same_teacher(url: str, built_by: Mapping[str, Any], model_dir: Path) -> None:
-    """Raise IdentityError unless the directory holds the teacher that a cache's identity names."""
-    have = weights_fingerprint(model_dir)
-    if have != built_by["fingerprint"]:
-        raise IdentityError(
-            f"teacher {model_dir.name} for {url}",
-            f"its weights are {have[:12]}, the cache was built by {built_by['name']}, {built_by['fingerprint'][:12]}",
-            "name the teacher that built the cache",
-        )
 
 
 def describe(url: str) -> dict[str, Any]:

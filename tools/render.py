@@ -3,26 +3,35 @@
     python -m tools.render          rewrite the tables in README.md and docs/
     python -m tools.render --check  exit 1 if one differs from its file
 
-A table stands between `<!-- goals: NAME -->` and `<!-- end -->`, where NAME is a file of tools/bench/results. Its rows
-are that file's goals: what was asked, what was measured, whether it holds, and on what.
+`<!-- goals: NAME -->` to `<!-- end -->` holds the goals of tools/bench/results/NAME.json: what was asked, what was
+measured, whether it holds, and on what. `<!-- demo -->` holds the grid of the kept report of `make demo`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from trainer.report import cells_table, facts, markdown_table
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
-_BLOCK = re.compile(r"(<!-- goals: ([a-z-]+)((?: [a-z0-9_]+)*) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (?:goals: (?P<name>[a-z]+)|demo) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def render(text: str) -> str:
-    """The text with every table made anew."""
-    return _BLOCK.sub(lambda found: f"{found[1]}{_table(found[2])}{found[4]}", text)
+def render(path: Path) -> str:
+    """A document's text with every table made anew."""
+
+    def table(found: re.Match[str]) -> str:
+        name = found["name"]
+        body = _demo(path.parent) if name is None else _goals(name, path.parent)
+        return f"{found[1]}\n{body}\n\n{found[3]}"
+
+    return _BLOCK.sub(table, path.read_text())
 
 
 def documents() -> list[Path]:
@@ -30,14 +39,16 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def _table(name: str) -> str:
-    path = RESULTS / f"{name}.json"
-    result = json.loads(path.read_text())
-    rows = [f"| {goal['what']} | {goal['goal']} | {_measured(goal)} |" for goal in result["goals"]]
-    source = f"[{name}.json](tools/bench/results/{name}.json)"
-    device, commit = result["device"], str(result["commit"])[:12]
-    lines = ["| what | goal | measured |", "|---|---|---|", *rows, "", f"{source}: {_device(device)}, commit {commit}."]
-    return "\n".join(lines) + "\n\n"
+def _goals(name: str, folder: Path) -> str:
+    result = _read(name)
+    rows = [[goal["what"], str(goal["goal"]), _measured(goal)] for goal in result["goals"]]
+    source = f"{_link(name, folder)}: {result['device']}, commit {str(result['commit'])[:12]}."
+    return f"{markdown_table(['what', 'goal', 'measured'], rows)}\n\n{source}"
+
+
+def _demo(folder: Path) -> str:
+    report = _read("demo")
+    return f"{markdown_table(*cells_table(report))}\n\n{'. '.join(facts(report))}. {_link('demo', folder)}"
 
 
 def _measured(goal: dict[str, Any]) -> str:
@@ -46,19 +57,24 @@ def _measured(goal: dict[str, Any]) -> str:
     return shown if goal["holds"] else f"**{shown}, not reached**"
 
 
-def _device(device: Any) -> str:
-    return device if isinstance(device, str) else ", ".join(str(value) for value in device.values())
+def _read(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
+def _link(name: str, folder: Path) -> str:
+    return f"[{name}.json]({os.path.relpath(RESULTS / f'{name}.json', folder)})"
 
 
 def main() -> int:
     """Rewrite, or with `--check` only compare."""
-    stale = [path for path in documents() if path.read_text() != render(path.read_text())]
+    stale = [path for path in documents() if path.read_text() != render(path)]
     if "--check" in sys.argv:
         for path in stale:
             print(f"{path.relative_to(ROOT)} differs from its results; run python -m tools.render", file=sys.stderr)
         return int(bool(stale))
     for path in stale:
-        path.write_text(render(path.read_text()))
+        path.write_text(render(path))
     return 0
 
 

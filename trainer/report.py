@@ -39,20 +39,22 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
 
 def table(report: Mapping[str, Any]) -> str:
     """The grid for the screen."""
-    header, rows = _cells_table(report)
+    header, rows = cells_table(report)
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], "", *_facts(report)])
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], "", *facts(report)])
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: the grid, the FLOPs by phase, and what it was measured on."""
-    sections = ["# Grid", _markdown_table(*_cells_table(report)), "## FLOPs by phase", _markdown_table(*_flops(report))]
-    facts = "\n".join(f"- {fact}" for fact in _facts(report))
-    return "\n\n".join([*sections, "![held-out divergences and FLOPs](report.png)", "## Measured on", facts]) + "\n"
+    sections = ["# Grid", markdown_table(*cells_table(report)), "## FLOPs by phase", markdown_table(*_flops(report))]
+    measured_on = "\n".join(f"- {fact}" for fact in facts(report))
+    sections += ["![held-out divergences and FLOPs](report.png)", "## Measured on", measured_on]
+    return "\n\n".join(sections) + "\n"
 
 
-def _cells_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def cells_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the grid: held-out values before and after, FLOPs, rates."""
     students = report["cells"][0]["flops"]["amortised_over_students"]
     header = ["prefix", "divergence", "forward KL", "reverse KL", "student entropy"]
     header += ["marginal", f"amortised/{students}", "tokens/s", "seconds"]
@@ -78,7 +80,8 @@ def _flops(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _facts(report: Mapping[str, Any]) -> list[str]:
+def facts(report: Mapping[str, Any]) -> list[str]:
+    """What the grid was measured on, a clause each."""
     cache, held_out = report["cache"], report["held_out"]
     return [
         f"KL and entropy: nats per token, exact over the full vocabulary, on {held_out['tokens']} held-out completion "
@@ -90,7 +93,8 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -81,6 +81,9 @@ def targets_of(
     for log_probs_RV, tokens_R in tiles:
         for collector in needs_vocabulary:
             collector.add(log_probs_RV, tokens_R)
+    if not needs_vocabulary and not bool(torch.isfinite(hidden_CD).all()):
+        bad_row = int((~torch.isfinite(hidden_CD)).any(dim=-1).nonzero()[0])
+        raise _not_finite(sequence, "hidden states", bad_row)
     hidden = HiddenStateTargets(hidden=to_numpy(hidden_CD), head_fingerprint=head_fingerprint)
     return tuple(hidden if collector is None else collector.finish() for collector in collectors)
 
@@ -93,13 +96,16 @@ def _tiles(
         log_probs = head.log_probs(hidden_CD[start : start + tile_rows])
         bad = ~torch.isfinite(log_probs.amax(dim=-1)) | log_probs.isnan().any(dim=-1)
         if bad.any():
-            row = start + int(bad.nonzero()[0])
-            raise UserError(
-                f"targets of problem {sequence.problem_id}",
-                f"the teacher's logits are not finite at completion row {row}",
-                "score in float32 (--dtype float32), or check the teacher's weights",
-            )
+            raise _not_finite(sequence, "logits", start + int(bad.nonzero()[0]))
         yield log_probs, tokens[start : start + tile_rows]
+
+
+def _not_finite(sequence: TokenSequence, what: str, row: int) -> UserError:
+    return UserError(
+        f"targets of problem {sequence.problem_id}",
+        f"the teacher's {what} are not finite at completion row {row}",
+        "score in float32 (--dtype float32), or check the teacher's weights",
+    )
 
 
 class _Rows:

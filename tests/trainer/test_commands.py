@@ -189,7 +189,7 @@ def other_tokenizer(start: Path, tmp_path: Path) -> Path:
     ("command", "found"),
     [
         (lambda c, s, t, tmp: ["distill", tmp / "nowhere", "--student", s], "nowhere"),
-        (lambda c, s, t, tmp: ["distill", c, "--student", tmp / "no-student"], "tokenizer cannot be loaded"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", tmp / "no-student"], "no such directory, and no hub id"),
         (lambda c, s, t, tmp: ["distill", c, "--student", other_tokenizer(s, tmp)], "the teacher's tokenizer"),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--prefix", "student"], "no teacher to score"),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--prefix", "student", "--teacher", s], "was built by"),

@@ -14,7 +14,7 @@ import torch
 
 from logitcache.errors import UserError
 from logitcache.flops import ModelShape
-from logitcache.identity import resolve_model, tokenizer_fingerprint
+from logitcache.identity import require_same_teacher, resolve_model, tokenizer_fingerprint
 from logitcache.records import Head, Origin
 from logitcache.scoring import Sampling, Scorer
 from logitcache.store import Reader, open_cache
@@ -71,8 +71,6 @@ def open_data(cache_url: str, student_dir: Path, training: Training) -> CacheDat
 
 def require_teacher(teacher: str, data: CacheData) -> None:
     """Raise IdentityError unless this model built the cache; reads its weights file, builds nothing."""
-    from logitcache.jobs import require_same_teacher
-
     require_same_teacher(data.url, data.reader.identity["teacher"], resolve_model(teacher))
 
 

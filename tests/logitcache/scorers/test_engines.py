@@ -231,6 +231,10 @@ def test_non_finite_logits_name_the_problem_and_row(tiny_dir: Path, rollouts: li
         engine.model.get_output_embeddings().weight[5] = torch.nan
     with pytest.raises(UserError, match=f"problem {rollouts[0].problem_id}.*not finite at completion row 0"):
         engine.score(rollouts[:1], [TopKRequest()])
+    with torch.no_grad():
+        engine.model.model.norm.weight[3] = torch.inf
+    with pytest.raises(UserError, match="hidden states are not finite at completion row 0"):
+        engine.score(rollouts[:1], [HiddenStateRequest()])
 
 
 def test_a_model_that_is_not_there_or_not_loadable(tmp_path: Path, tiny_dir: Path) -> None:
