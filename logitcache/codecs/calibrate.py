@@ -1,7 +1,7 @@
 """From a spec to a codec: what has to be learnt of the teacher first is learnt from a sample of its states.
 
-Guarantees: deterministic in (spec, head, sample). A codec is fitted on the first half of the sample; a fidelity
-that is asked for (`max_kl`) is judged on the second, so no figure is measured on the rows it was tuned on.
+Guarantees: deterministic in (spec, head, sample). Where a fidelity is asked for (`max_kl`), it is judged on rows of
+the sample that were held out of the fit; otherwise the whole sample is fitted on.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from logitcache.codecs.transform import TransformCodec
 from logitcache.records import Head
 from logitcache.scoring import SampledRequest, TopKRequest
 
-JUDGED_ROWS = 1024
-"""Most held-out rows that one trial of a fidelity search looks at."""
-
 _ROWS_PER_CHUNK = 1024
 
 
@@ -39,7 +36,7 @@ def calibrate(spec: TargetSpec, head: Head, sample: Calibration) -> Codec:
     """
     match spec:
         case TopKSpec(max_kl=None):
-            return fit_topk(spec, spec.p, DenseHead(head), sample.fitting)
+            return fit_topk(spec, spec.p, DenseHead(head), sample)
         case TopKSpec(max_kl=max_kl):
             return _topk_within(spec, float(max_kl or 0), head, sample)
         case HiddenSpec(step=None, max_kl=None):
@@ -49,7 +46,7 @@ def calibrate(spec: TargetSpec, head: Head, sample: Calibration) -> Codec:
         case FullVocabSpec(step=step):
             return FullVocabCodec(vocab_size=head.vocab_size, step=step)
         case SampledSpec(n=n):
-            return _fit_sampled(n, DenseHead(head), sample.fitting)
+            return _fit_sampled(n, DenseHead(head), sample)
 
 
 def fit_topk(spec: TopKSpec, p: float, head: DenseHead, sample: Calibration) -> TopKCodec:
@@ -75,7 +72,7 @@ def _entry_chunk(entries_per_row: float) -> int:
 
 
 def _topk_within(spec: TopKSpec, max_kl: float, head: Head, sample: Calibration) -> TopKCodec:
-    dense, held_out = DenseHead(head), sample.held_out.hidden[:JUDGED_ROWS]
+    dense, held_out = DenseHead(head), sample.held_out.hidden
 
     def attempt(p: float) -> tuple[TopKCodec, float]:
         codec = fit_topk(spec, p, dense, sample.fitting)
@@ -87,10 +84,10 @@ def _topk_within(spec: TopKSpec, max_kl: float, head: Head, sample: Calibration)
 
 
 def _transform(spec: HiddenSpec, head: Head, sample: Calibration) -> TransformCodec:
-    basis = fit_basis(DenseHead(head), sample.fitting.hidden)
     if spec.step is not None:
-        return with_step(basis, spec.step, head)
-    held_out = sample.held_out.hidden[:JUDGED_ROWS]
+        return with_step(fit_basis(DenseHead(head), sample.hidden), spec.step, head)
+    basis = fit_basis(DenseHead(head), sample.fitting.hidden)
+    held_out = sample.held_out.hidden
 
     def attempt(step: float) -> tuple[TransformCodec, float]:
         codec = with_step(basis, step, head)

@@ -1,8 +1,4 @@
-"""From a spec to a codec: what has to be learnt of the teacher first, learnt from a sample of its states.
-
-Guarantees: deterministic in (spec, head, sample). Fitting sees the first half of the sample, fidelity is
-judged on the second, so no figure is measured on the rows it was tuned on.
-"""
+"""The rows of a teacher that codecs are fitted on, and how they are split where a fidelity is judged."""
 
 from __future__ import annotations
 
@@ -12,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.errors import UserError
+
+JUDGED_ROWS = 1024
+"""Most rows held out to judge a fidelity: each trial of a search passes over the vocabulary for them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,13 +35,17 @@ class Calibration:
 
     @property
     def fitting(self) -> Calibration:
-        """The first half (with 3 rows or fewer, all of it)."""
-        return self._rows(0, len(self) // 2)
+        """The rows before `held_out`, to fit on where a fidelity is then judged (with 3 rows or fewer, all of them)."""
+        return self._rows(0, len(self) - self._held)
 
     @property
     def held_out(self) -> Calibration:
-        """The second half."""
-        return self._rows(len(self) // 2, len(self))
+        """The last rows: half of them, 1,024 at most."""
+        return self._rows(len(self) - self._held, len(self))
+
+    @property
+    def _held(self) -> int:
+        return min(JUDGED_ROWS, len(self) // 2)
 
     def _rows(self, start: int, stop: int) -> Calibration:
         if stop - start < 2:

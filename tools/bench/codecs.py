@@ -37,16 +37,16 @@ from tools.bench.result import keep, options
 
 PEAKED = 2.5
 BLOCK = 512
-THRESHOLDS = ("2e-3", "1e-3", "5e-4", "2e-4", "1e-4")
+THRESHOLDS = ("2e-3", "1.5e-3", "1e-3", "5e-4", "2e-4", "1e-4")
 SPECS = (
     *(f"topk:p={p}" for p in THRESHOLDS),
     "topk:k=64:p=0",
     "topk:mass=0.98:p=1e-5",
     "hidden",
     *(f"hidden:step={step}" for step in ("0.02", "0.01", "0.005")),
-    "hidden:max-kl=1.9e-3",
+    "hidden:max-kl=1.6e-3",
 )
-PEAKED_SPECS = (*(f"topk:p={p}" for p in ("1e-3", "7e-4", "5e-4", "3e-4")), "hidden:step=0.01")
+PEAKED_SPECS = (*(f"topk:p={p}" for p in ("1e-3", "7e-4", "6e-4", "5e-4", "3e-4")), "hidden:step=0.01")
 PEAKED_PEERS = 3
 GRADIENT_BLOCKS = 2
 STUDENT_NOISE = {"student": 0.45, "near_student": 0.18}
@@ -89,7 +89,7 @@ class Tally:
 def main() -> None:
     """Measure and keep."""
     chosen = options("codecs", __doc__)
-    fitted, measured = (2_048, 1_024) if chosen.quick else (8_192, 4_096)
+    fitted, measured = (2_048, 1_024) if chosen.quick else (16_384, 6_144)
     model_dir = embedded_teacher_dir()
     sample, head = teacher_sample(model_dir, chosen.data / "deepscaler.parquet", fitted + measured)
     calibration, rows = cut(sample, 0, fitted), cut(sample, fitted, fitted + measured)
@@ -99,7 +99,7 @@ def main() -> None:
     peaked = measure(PEAKED_SPECS, rivals[:PEAKED_PEERS], sharper, calibration, rows)
     keep(
         chosen,
-        config={"teacher": model_dir.name, "dtype": "float32", "rows_fitted": fitted // 2, "rows_measured": len(rows),
+        config={"teacher": model_dir.name, "dtype": "float32", "rows_fitted": fitted, "rows_measured": len(rows),
                 "vocab_size": head.vocab_size, "width": head.weight.shape[1], "peaked_scale": PEAKED,
                 "student_noise": STUDENT_NOISE},
         figures={"plain": plain, "peaked": peaked},
@@ -117,7 +117,7 @@ def measure(
         codec = calibrate(parse_targets(text)[0], head, calibration)
         formats[text] = Ours(codec=codec, source=head.fingerprint)
     for peer in rivals:
-        formats[peer.name] = Theirs(peer=peer, prior=one_tail(teacher, calibration.fitting, peer.k))
+        formats[peer.name] = Theirs(peer=peer, prior=one_tail(teacher, calibration, peer.k))
     tallies = {name: Tally() for name in formats}
     spread = rows.hidden.std(axis=0)
     distances: dict[str, list[float]] = {name: [] for name in STUDENT_NOISE}

@@ -76,7 +76,7 @@ def test_fisher_information_is_the_curvature_of_the_kl(teacher: Head) -> None:
 
 def test_variances_fall_along_the_dimensions(teacher: Head) -> None:
     codec = coded(teacher, 1e-3)
-    variances = ((SAMPLE.fitting.hidden - codec.mean) @ codec.analysis).var(axis=0)
+    variances = ((SAMPLE.hidden - codec.mean) @ codec.analysis).var(axis=0)
     assert (np.diff(variances) <= 1e-3 * variances[0]).all()
 
 
