@@ -32,6 +32,8 @@ UPSTREAM_TOLERANCE = 1e-6
 
 TILE_BYTES = 152 << 20
 """What the logits of both sides may take on a CPU: 128 rows at V = 151,936. Longer tiles gain little."""
+CPU_TILE_ROWS = 256
+"""Rows of both sides together in a tile on a CPU: small vocabularies do not make one tile of a whole batch."""
 ACCELERATOR_TILE_BYTES = 1 << 30
 """The same elsewhere: 864 rows, because a tile must do enough arithmetic for each byte of the head it reads."""
 
@@ -130,7 +132,9 @@ class Room:
 
 def _tile_rows(width: int, dtype: torch.dtype, sides: int, device: torch.device) -> int:
     """How many rows fit, a multiple of 32 where that many do."""
-    rows = (TILE_BYTES if device.type == "cpu" else ACCELERATOR_TILE_BYTES) // max(sides * width * dtype.itemsize, 1)
+    row_bytes = max(sides * width * dtype.itemsize, 1)
+    on_cpu = device.type == "cpu"
+    rows = min(TILE_BYTES // row_bytes, CPU_TILE_ROWS // sides) if on_cpu else ACCELERATOR_TILE_BYTES // row_bytes
     return max(rows - rows % 32 if rows >= 32 else rows, 1)
 
 

@@ -42,7 +42,9 @@ def documents() -> list[Path]:
 def _goals(name: str, folder: Path) -> str:
     result = _read(name)
     rows = [[goal["what"], str(goal["goal"]), _measured(goal)] for goal in result["goals"]]
-    source = f"{_link(name, folder)}: {result['device']}, commit {str(result['commit'])[:12]}."
+    device = result["device"]
+    where = device if isinstance(device, str) else ", ".join(f"{key} {value}" for key, value in device.items())
+    source = f"{_link(name, folder)}: {where}; commit {result['commit']}."
     return f"{markdown_table(['what', 'goal', 'measured'], rows)}\n\n{source}"
 
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from cyclopts import App
 
 from logitcache.console import note, run_command
 from logitcache.errors import UserError
+from logitcache.identity import resolve_model
 
 app = App(name="demo", help=__doc__.splitlines()[0], version_flags=[])
 
@@ -33,18 +35,20 @@ class Size(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Problems, window in completion tokens, student layers, steps, sequences a step."""
+    """Problems, window in completion tokens, steps, sequences a step."""
 
     problems: int
     window: int
-    layers: int
     steps: int
     sequences: int
 
 
+LAYERS_KEPT = 2 / 3
+"""Of the teacher's: a student that is cut much shorter is too broken to be taught on its own text (docs/log.md)."""
+
 PLANS = {
-    Size.DEFAULT: Plan(problems=96, window=32, layers=20, steps=10, sequences=8),
-    Size.SMALL: Plan(problems=32, window=24, layers=20, steps=3, sequences=8),
+    Size.DEFAULT: Plan(problems=96, window=32, steps=10, sequences=8),
+    Size.SMALL: Plan(problems=32, window=24, steps=3, sequences=8),
 }
 
 
@@ -69,12 +73,17 @@ def demo(
     build = f"--limit {plan.problems} --max-new-tokens {plan.window} --problems-per-unit 32"
     _run(f"logitcache.cli build --teacher {model} --problems {shlex.quote(problems)} --out {cache} {build}")
     if not student.exists():
-        _run(f"trainer.cli prune {model} --cache {cache} --out {student} --layers {plan.layers}")
+        _run(f"trainer.cli prune {model} --cache {cache} --out {student} --layers {_layers(teacher)}")
     _clear_unfinished(out)
     train = f"--steps {plan.steps} --sequences {plan.sequences} --window {plan.window}"
     _run(f"trainer.cli grid {cache} --student {student} --teacher {model} --out {out} {train}")
     note(f"done in {time.monotonic() - started:.0f} s: see {out}/report.md and {out}/report.png")
     return 0
+
+
+def _layers(teacher: str) -> int:
+    config = json.loads((resolve_model(teacher) / "config.json").read_text())
+    return round(LAYERS_KEPT * config["num_hidden_layers"])
 
 
 def _run(command: str) -> None:
