@@ -10,15 +10,17 @@ the embedding look-up, the optimizer), and work an engine wastes (padding, seque
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from logitcache.errors import UserError
 
-KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3")
-"""`model_type`s that are exactly: grouped-query attention over everything before, a gated MLP, a linear head."""
+KNOWN_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+"""`model_type`s that are exactly: grouped-query attention over everything before, gated MLPs, a linear head."""
+ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
+"""The matrices of a layer that LoRA adapts unless told otherwise."""
 
 
 class Attention(StrEnum):
@@ -39,8 +41,12 @@ class ModelShape:
         hidden: D, the residual width.
         heads: query heads; kv_heads: key and value heads (grouped-query attention).
         head_dim: width of one head; heads * head_dim need not be D (Qwen3).
-        mlp: the gated MLP's inner width.
+        mlp: the gated MLP's inner width, in layers without experts.
         vocab: rows of the head, tied or not.
+        experts: in each layer that has any; 0 in a dense model.
+        active_experts: that each token goes through.
+        expert_mlp: inner width of one expert's gated MLP.
+        sparse_layers: layers that have experts in place of the MLP.
     """
 
     layers: int
@@ -50,6 +56,10 @@ class ModelShape:
     head_dim: int
     mlp: int
     vocab: int
+    experts: int = 0
+    active_experts: int = 0
+    expert_mlp: int = 0
+    sparse_layers: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -73,18 +83,40 @@ class ModelShape:
             head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
             mlp=int(config["intermediate_size"]),
             vocab=int(config["vocab_size"]),
+            **(_experts_of(config) if model_type == "qwen3_moe" else {}),
         )
 
     @property
     def parameters(self) -> int:
-        """Weights in the matrices counted here, the head once."""
-        return self.layers * _layer_weights(self) + self.hidden * self.vocab
+        """Weights in the matrices counted here, all experts and the head once."""
+        return _layer_weights(self, experts=self.experts) + self.hidden * self.vocab
 
 
-def _layer_weights(shape: ModelShape) -> int:
+def _experts_of(config: Mapping[str, Any]) -> dict[str, int]:
+    """Which layers are sparse is decided as transformers' Qwen3MoeDecoderLayer does."""
+    dense, step = set(config.get("mlp_only_layers") or ()), int(config.get("decoder_sparse_step", 1))
+    experts = int(config["num_experts"] if "num_experts" in config else config["num_local_experts"])
+    sparse = [i for i in range(int(config["num_hidden_layers"])) if i not in dense and (i + 1) % step == 0]
+    return {
+        "experts": experts,
+        "active_experts": int(config["num_experts_per_tok"]),
+        "expert_mlp": int(config["moe_intermediate_size"]),
+        "sparse_layers": len(sparse) if experts else 0,
+    }
+
+
+def _layer_weights(shape: ModelShape, *, experts: int) -> int:
+    """Weights of all layers, with so many experts in each sparse one, their router included."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = shape.hidden * (queries + 2 * keys) + queries * shape.hidden
-    return attention + 3 * shape.hidden * shape.mlp
+    sparse = shape.experts * shape.hidden + experts * 3 * shape.hidden * shape.expert_mlp
+    dense = 3 * shape.hidden * shape.mlp
+    return shape.layers * attention + shape.sparse_layers * sparse + (shape.layers - shape.sparse_layers) * dense
+
+
+def projections(shape: ModelShape, tokens: int) -> int:
+    """The products with the layers' weights alone, without attention and head: what LoRA leaves without a gradient."""
+    return 2 * tokens * _layer_weights(shape, experts=shape.active_experts)
 
 
 def _pair_flops(shape: ModelShape) -> int:
@@ -102,7 +134,7 @@ def body(shape: ModelShape, lengths: Iterable[int], *, attention: Attention = At
     total = 0
     for length in lengths:
         pairs = length * length if attention is Attention.FULL else length * (length + 1) // 2
-        total += 2 * length * shape.layers * _layer_weights(shape) + pairs * _pair_flops(shape)
+        total += projections(shape, length) + pairs * _pair_flops(shape)
     return total
 
 
@@ -113,9 +145,47 @@ def forward(
     return body(shape, lengths, attention=attention) + head(shape, head_rows)
 
 
-def backward(forward_flops: int) -> int:
-    """The gradient of every product A @ B costs two products of the same size: towards A and towards B."""
-    return 2 * forward_flops
+def backward(forward_flops: int, *, frozen: int = 0) -> int:
+    """The gradient of every product A @ B costs two products of the same size: towards A and towards B.
+
+    Args:
+        forward_flops: all of them.
+        frozen: those of them that are products with weights without a gradient, which cost one product, not two.
+    """
+    return 2 * forward_flops - frozen
+
+
+def recomputation(shape: ModelShape, lengths: Iterable[int], *, attention: Attention = Attention.CAUSAL) -> int:
+    """Gradient checkpointing by layers: the body once more during the backward, and no head.
+
+    The down-projection that ends a dense layer is not done again: its output is no operand of any gradient, and
+    torch.utils.checkpoint stops before it.
+    """
+    lengths = list(lengths)
+    last = 2 * sum(lengths) * (shape.layers - shape.sparse_layers) * shape.hidden * shape.mlp
+    return body(shape, lengths, attention=attention) - last
+
+
+def adapters(shape: ModelShape, tokens: int, *, rank: int, matrices: Sequence[str] = ADAPTED) -> int:
+    """LoRA's two thin products beside each adapted matrix of every layer (arXiv 2106.09685), forward.
+
+    A training step with every layer's weights and the head frozen costs `forward + adapters`, and
+    `backward(forward + adapters, frozen=projections + head)`.
+
+    Args:
+        shape: of the model.
+        tokens: rows that go through the body.
+        rank: r; an `in x out` matrix gets `in x r` and `r x out`.
+        matrices: of "q", "k", "v", "o", "gate", "up" and "down".
+
+    Raises:
+        UserError: a model with experts, whose adapters have no formula here.
+    """
+    if shape.sparse_layers:
+        raise UserError("count LoRA's FLOPs", "a model with experts", "adapt a dense model")
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    widths = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": shape.mlp, "up": shape.mlp, "down": shape.mlp}
+    return 2 * tokens * shape.layers * rank * sum(shape.hidden + widths[name] for name in matrices)
 
 
 def generate(
@@ -141,5 +211,5 @@ def generate(
         prefill += body(shape, [prompt], attention=attention) + head(shape, 1)
         steps = new - 1
         contexts = steps * prompt + steps * (steps + 1) // 2
-        decode += 2 * steps * shape.layers * _layer_weights(shape) + contexts * _pair_flops(shape) + head(shape, steps)
+        decode += projections(shape, steps) + contexts * _pair_flops(shape) + head(shape, steps)
     return prefill, decode
