@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels import chunked, reference
 from kernels.checks import Call
 from kernels.eager import EagerEngine
-from kernels.types import DenseTargets, KLOutput, LinearHead, SampledTargets, SelectedOutput, TopKTargets
+from kernels.types import DenseTargets, KLOutput, LinearHead, SampledTargets, SelectedOutput, Targets, TopKTargets
 from kernels.validate import require, require_one_device, require_tensor
 
 Backend = Literal["reference", "chunked", "native", "triton"]
@@ -52,17 +52,7 @@ def forward_kl(
         ValueError: inputs that do not fit, with got and expected, before any work.
     """
     _require_kind("forward_kl", targets, (LinearHead, DenseTargets, SampledTargets))
-    return _run(
-        Call(
-            student=student,
-            targets=targets,
-            forward_weight=1.0,
-            temperature=temperature,
-            row_mask=row_mask,
-            token_weight=token_weight,
-        ),
-        backend,
-    )
+    return _run(student, targets, 1.0, temperature, backend, row_mask, token_weight)
 
 
 def reverse_kl(
@@ -76,17 +66,7 @@ def reverse_kl(
 ) -> KLOutput:
     """KL(student, teacher) of each row; gradient q (log q - log p - KL). Arguments as in `forward_kl`."""
     _require_kind("reverse_kl", targets, (LinearHead, DenseTargets))
-    return _run(
-        Call(
-            student=student,
-            targets=targets,
-            forward_weight=0.0,
-            temperature=temperature,
-            row_mask=row_mask,
-            token_weight=token_weight,
-        ),
-        backend,
-    )
+    return _run(student, targets, 0.0, temperature, backend, row_mask, token_weight)
 
 
 def mixed_kl(
@@ -101,17 +81,7 @@ def mixed_kl(
 ) -> KLOutput:
     """forward_weight * forward + (1 - forward_weight) * reverse: a linear mix (arXiv 2605.16826), not a JSD."""
     _require_kind("mixed_kl", targets, (LinearHead, DenseTargets))
-    return _run(
-        Call(
-            student=student,
-            targets=targets,
-            forward_weight=forward_weight,
-            temperature=temperature,
-            row_mask=row_mask,
-            token_weight=token_weight,
-        ),
-        backend,
-    )
+    return _run(student, targets, forward_weight, temperature, backend, row_mask, token_weight)
 
 
 def forward_kl_coarse(
@@ -124,15 +94,8 @@ def forward_kl_coarse(
     token_weight: Tensor | None = None,
 ) -> KLOutput:
     """Forward KL of the k+1 outcomes; the gap to the exact one is at most what the teacher's recorded tail allows."""
-    return mixed_kl_coarse(
-        student,
-        targets,
-        forward_weight=1.0,
-        temperature=temperature,
-        backend=backend,
-        row_mask=row_mask,
-        token_weight=token_weight,
-    )
+    _require_kind("a coarse divergence", targets, (TopKTargets,))
+    return _run(student, targets, 1.0, temperature, backend, row_mask, token_weight)
 
 
 def reverse_kl_coarse(
@@ -145,15 +108,8 @@ def reverse_kl_coarse(
     token_weight: Tensor | None = None,
 ) -> KLOutput:
     """Reverse KL of the k+1 outcomes; its gap depends on the student's mass outside the kept ids, unbounded."""
-    return mixed_kl_coarse(
-        student,
-        targets,
-        forward_weight=0.0,
-        temperature=temperature,
-        backend=backend,
-        row_mask=row_mask,
-        token_weight=token_weight,
-    )
+    _require_kind("a coarse divergence", targets, (TopKTargets,))
+    return _run(student, targets, 0.0, temperature, backend, row_mask, token_weight)
 
 
 def mixed_kl_coarse(
@@ -168,17 +124,7 @@ def mixed_kl_coarse(
 ) -> KLOutput:
     """The linear mix of the two coarse divergences. `temperature` must be 1: a tail cannot be tempered."""
     _require_kind("a coarse divergence", targets, (TopKTargets,))
-    return _run(
-        Call(
-            student=student,
-            targets=targets,
-            forward_weight=forward_weight,
-            temperature=temperature,
-            row_mask=row_mask,
-            token_weight=token_weight,
-        ),
-        backend,
-    )
+    return _run(student, targets, forward_weight, temperature, backend, row_mask, token_weight)
 
 
 def selected_log_probs(
@@ -210,7 +156,7 @@ def selected_log_probs(
     ones = torch.ones(student.rows, dtype=torch.float32, device=token_ids.device)
     splits = torch.arange(student.rows + 1, device=token_ids.device)
     point = SampledTargets(ids=token_ids, counts=ones, row_splits=splits, entropy=torch.zeros_like(ones))
-    out = _run(Call(student=tempered, targets=point, row_mask=row_mask, token_weight=token_weight), backend)
+    out = _run(tempered, point, 1.0, 1.0, backend, row_mask, token_weight)
     return SelectedOutput(log_probs=-out.loss, student_entropy=out.student_entropy)
 
 
@@ -219,7 +165,23 @@ def _require_kind(name: str, targets: object, kinds: tuple[type, ...]) -> None:
     require(isinstance(targets, kinds), f"{name} targets", type(targets).__name__, expected)
 
 
-def _run(call: Call, backend: Backend | None) -> KLOutput:
+def _run(
+    student: LinearHead,
+    targets: Targets,
+    forward_weight: float,
+    temperature: float,
+    backend: Backend | None,
+    row_mask: Tensor | None,
+    token_weight: Tensor | None,
+) -> KLOutput:
+    call = Call(
+        student=student,
+        targets=targets,
+        forward_weight=forward_weight,
+        temperature=temperature,
+        row_mask=row_mask,
+        token_weight=token_weight,
+    )
     match backend or default_backend(call.student.hidden.device, call.student.hidden.dtype):
         case "reference":
             return reference.divergence(call)

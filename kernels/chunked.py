@@ -30,8 +30,8 @@ UPSTREAM_TOLERANCE = 1e-6
 """How far, relatively, an upstream gradient may be from a constant times the token weights: a few float32 roundings."""
 
 
-TILE_BYTES = 152 << 20
-"""What the logits of both sides may take on a CPU: 128 rows at V = 151,936. Longer tiles gain little."""
+TILE_BYTES = 112 << 20
+"""What the logits of both sides may take on a CPU: 96 rows at V = 151,936. Longer tiles gain little."""
 CPU_TILE_ROWS = 256
 """Rows of both sides together in a tile on a CPU: small vocabularies do not make one tile of a whole batch."""
 ACCELERATOR_TILE_BYTES = 1 << 30
@@ -223,7 +223,7 @@ class _Divergence(torch.autograd.Function):
         hidden_TD = sums.hidden_TD
         if hidden_TD is not None:
             hidden_TD = plan.ranks.sum_(hidden_TD.mul_(upstream[:, None]).to(plan.student.hidden.dtype))
-        return hidden_TD, *sums.take_head(plan.student, factor), None
+        return hidden_TD, *sums.take_head(plan.student, plan.engine, factor), None
 
 
 def _zeros(plan: Plan, needs: tuple[bool, ...]) -> HeadGradient:

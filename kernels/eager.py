@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.engine import LOWEST, HeadGradient
+from kernels.engine import LOWEST, HeadGradient, WeightSums
 from kernels.types import LinearHead
 
 BLOCK_ELEMENTS = 1 << 19
@@ -33,6 +33,14 @@ class EagerEngine:
     def empty(self, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
         """As torch gives it."""
         return torch.empty(shape, dtype=dtype, device=like.device)
+
+    def weight_sums(self, weight_VD: Tensor, work: torch.dtype) -> WeightSums:
+        """In the work dtype."""
+        return WeightSums(high_VD=torch.zeros_like(weight_VD, dtype=work))
+
+    def rounded(self, sums: WeightSums, factor: float, dtype: torch.dtype) -> Tensor:
+        """Scaled in place and rounded once."""
+        return sums.high_VD.mul_(factor).to(dtype)
 
     def padded(self, rows: int) -> int:
         """No padding."""
@@ -71,9 +79,9 @@ class EagerEngine:
             sums.hidden_TD[rows] = _times_weight(gradient_NV, head.weight[:width], hidden_ND.dtype)
         if sums.bias_V is not None:
             sums.bias_V[:width] += weight_N.to(gradient_NV.dtype) @ gradient_NV
-        if sums.weight_VD is not None:
+        if sums.weight is not None:
             weighted_ND = hidden_ND.to(gradient_NV.dtype) * weight_N.to(gradient_NV.dtype)[:, None]
-            _add_outer(sums.weight_VD[:width], gradient_NV, weighted_ND, hidden_ND.dtype)
+            _add_outer(sums.weight.high_VD[:width], gradient_NV, weighted_ND, hidden_ND.dtype)
 
     def pair_sums(self, student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
         """See `RowMaths`."""

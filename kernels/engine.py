@@ -25,51 +25,54 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class WeightSums:
+    """Where an engine sums the gradient of a head's weight, tile by tile.
+
+    Attributes:
+        high_VD: the sums in the work dtype; or, where there is a `low_VD`, bfloat16 (truncated).
+        low_VD: uint8, the eight bits that follow those of `high_VD`; None where there are none.
+    """
+
+    high_VD: Tensor
+    low_VD: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class HeadGradient:
     """Where the gradients of a head's inputs are summed; None for one that is not wanted.
 
     Attributes:
         hidden_TD: work dtype; each row is written once.
-        weight_VD: work dtype; tiles are added.
+        weight: tiles are added.
         bias_V: work dtype; tiles are added.
     """
 
     hidden_TD: Tensor | None
-    weight_VD: Tensor | None
+    weight: WeightSums | None
     bias_V: Tensor | None
 
     @classmethod
     def zeros(cls, head: LinearHead, engine: Products, wanted: tuple[bool, ...]) -> HeadGradient:
         """Sums at zero for those of hidden, weight and bias that want a gradient."""
         work = work_dtype(head.hidden.dtype)
-        hidden_TD, weight_VD, bias_V = (
-            engine.empty(value, work, *value.shape).zero_() if want and value is not None else None
-            for value, want in zip((head.hidden, head.weight, head.bias), wanted, strict=True)
+        hidden, weight, bias = wanted
+        return cls(
+            hidden_TD=torch.zeros_like(head.hidden, dtype=work) if hidden else None,
+            weight=engine.weight_sums(head.weight, work) if weight else None,
+            bias_V=torch.zeros_like(head.bias, dtype=work) if bias and head.bias is not None else None,
         )
-        return cls(hidden_TD=hidden_TD, weight_VD=weight_VD, bias_V=bias_V)
 
     @property
     def has_head(self) -> bool:
         """Whether the head's own gradients are summed here."""
-        return self.weight_VD is not None or self.bias_V is not None
+        return self.weight is not None or self.bias_V is not None
 
-    def take_head(self, head: LinearHead, factor: float) -> tuple[Tensor | None, Tensor | None]:
+    def take_head(self, head: LinearHead, engine: Products, factor: float) -> tuple[Tensor | None, Tensor | None]:
         """The head's sums times `factor`, in the dtypes of the head; they are used up."""
-        weight_VD = None if self.weight_VD is None else _scaled(self.weight_VD, factor, head.weight.dtype)
+        weight_VD = None if self.weight is None else engine.rounded(self.weight, factor, head.weight.dtype)
         if self.bias_V is None or head.bias is None:
             return weight_VD, None
-        return weight_VD, _scaled(self.bias_V, factor, head.bias.dtype)
-
-
-def _scaled(total: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    if total.dtype == dtype:
-        return total if factor == 1 else total.mul_(factor)
-    result = torch.empty_like(total, dtype=dtype)
-    for part, out in zip(
-        total.split(1024), result.split(1024), strict=True
-    ):  # stays in the cache between the two steps
-        out.copy_(part.mul_(factor))
-    return result
+        return weight_VD, self.bias_V.mul_(factor).to(head.bias.dtype)
 
 
 class Products(Protocol):
@@ -81,6 +84,14 @@ class Products(Protocol):
 
     def empty(self, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
         """Uninitialised memory on the device of `like`, of the kind this engine works fastest in."""
+        ...
+
+    def weight_sums(self, weight_VD: Tensor, work: torch.dtype) -> WeightSums:
+        """Zeros to sum the gradient of `weight_VD` in."""
+        ...
+
+    def rounded(self, sums: WeightSums, factor: float, dtype: torch.dtype) -> Tensor:
+        """The sums times `factor`, in the weight's `dtype`; may be in their own memory."""
         ...
 
     def padded(self, rows: int) -> int:

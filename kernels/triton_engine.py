@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import triton_rows
 from kernels.eager import EagerEngine
-from kernels.engine import HeadGradient
+from kernels.engine import HeadGradient, WeightSums
 from kernels.types import LinearHead
 from kernels.validate import require
 
@@ -51,6 +51,14 @@ class TritonEngine:
     def empty(self, like: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
         """As torch gives it."""
         return self.products.empty(like, dtype, *shape)
+
+    def weight_sums(self, weight_VD: Tensor, work: torch.dtype) -> WeightSums:
+        """See `Products`."""
+        return self.products.weight_sums(weight_VD, work)
+
+    def rounded(self, sums: WeightSums, factor: float, dtype: torch.dtype) -> Tensor:
+        """See `Products`."""
+        return self.products.rounded(sums, factor, dtype)
 
     def padded(self, rows: int) -> int:
         """No padding."""

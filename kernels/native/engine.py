@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.engine import HeadGradient
+from kernels.engine import HeadGradient, WeightSums
 from kernels.native.build import library
 from kernels.types import LinearHead
 from kernels.validate import require
@@ -75,6 +75,22 @@ class NativeEngine:
         self.library.advise_huge_pages(_at(memory), _long(memory.nbytes))
         return memory
 
+    def weight_sums(self, weight_VD: Tensor, work: torch.dtype) -> WeightSums:
+        """Float32; for a bfloat16 weight 24 bits in two planes, of which the first becomes the gradient."""
+        high_VD = self.empty(weight_VD, weight_VD.dtype, *weight_VD.shape).zero_()
+        if weight_VD.dtype == torch.float32:
+            return WeightSums(high_VD=high_VD)
+        return WeightSums(high_VD=high_VD, low_VD=self.empty(weight_VD, torch.uint8, *weight_VD.shape).zero_())
+
+    def rounded(self, sums: WeightSums, factor: float, dtype: torch.dtype) -> Tensor:
+        """In the memory of the sums."""
+        if sums.low_VD is None:
+            return sums.high_VD.mul_(factor)
+        self.library.round_sums(
+            _at(sums.high_VD), _at(sums.low_VD), _long(sums.low_VD.numel()), _float(factor), _threads()
+        )
+        return sums.high_VD
+
     def padded(self, rows: int) -> int:
         """Rows up to a whole panel."""
         return -(-rows // self.panel) * self.panel
@@ -107,9 +123,10 @@ class NativeEngine:
         weighted_ND = (head.hidden[rows] * weight_N[:, None]).to(head.hidden.dtype).contiguous()
         head_weight = head.weight.contiguous()
         hidden_ND = None if sums.hidden_TD is None else torch.empty(weighted_ND.shape)
+        high_VD, low_VD = (sums.weight.high_VD, sums.weight.low_VD) if sums.weight else (None, None)
         self._function("backward", head)(
             _at(gradient_NV), _at(weighted_ND), _at(head_weight), _at(weight_N), _at(hidden_ND),
-            _at(sums.weight_VD), _at(sums.bias_V), *self._shape(head, len(weighted_ND)), _threads(),
+            _at(high_VD), _at(low_VD), _at(sums.bias_V), *self._shape(head, len(weighted_ND)), _threads(),
         )  # fmt: skip
         if sums.hidden_TD is not None and hidden_ND is not None:
             sums.hidden_TD[rows] = hidden_ND

@@ -86,13 +86,26 @@ void gradient_units(const float* g, long rows, long tokens, long ld, typename Op
     }
 }
 
+// What the gradient of a weight is summed in: floats for float32, the two planes of `Split` for bfloat16.
+template <class Weight> struct Sums;
+template <> struct Sums<float> {
+    typedef float* At;
+    static At at(void* high, uint8_t*) { return static_cast<float*>(high); }
+};
+template <> struct Sums<uint16_t> {
+    typedef Split At;
+    static At at(void* high, uint8_t* low) { return {static_cast<uint16_t*>(high), low}; }
+};
+
 template <class Op, class Weight>
 struct Backward {
     typedef typename Op::Unit Unit;
+    typedef typename Sums<Weight>::At At;
     const Weight* w;
     const float* g;
     const Unit* packed_x;
-    float *dw, *db;
+    At dw;
+    float* db;
     const float* token_weight;
     long tokens, width, ld;
 
@@ -108,11 +121,12 @@ struct Backward {
         const long steps = ld / Op::K;
         const char* ahead = reinterpret_cast<const char*>(w + (v + rows) * width);
         const long bytes = next * width * long(sizeof(Weight)) / (panels(width) * ((rows + MR - 1) / MR));
-        alignas(64) float edge[MR * PANEL];
+        alignas(64) float room[MR * PANEL] = {};
+        const At edge = Sums<Weight>::at(room, reinterpret_cast<uint8_t*>(room + MR * PANEL / 2));
         for (long r = 0; r < rows; r += MR) {
             const long count = std::min<long>(MR, rows - r);
             for (long p = 0; p < panels(width); p++) {
-                float* to = dw + (v + r) * width + p * PANEL;
+                const At to = dw + ((v + r) * width + p * PANEL);
                 const long columns = std::min<long>(PANEL, width - p * PANEL);
                 const Unit *a = along_n + r * steps, *b = packed_x + p * steps * PANEL;
                 for (long line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 1);
@@ -121,9 +135,9 @@ struct Backward {
                     tiles<Op>(count, steps, a, steps, 1, b, to, width, true);
                     continue;
                 }
-                tiles<Op>(count, steps, a, steps, 1, b, edge, PANEL, false);
-                for (long i = 0; i < count; i++)
-                    for (long j = 0; j < columns; j++) to[i * width + j] += edge[i * PANEL + j];
+                for (long i = 0; i < count; i++) copy(to + i * width, columns, edge + i * PANEL);
+                tiles<Op>(count, steps, a, steps, 1, b, edge, PANEL, true);
+                for (long i = 0; i < count; i++) copy(edge + i * PANEL, columns, to + i * width);
             }
         }
     }
@@ -135,14 +149,15 @@ struct Backward {
 };
 
 // dx[tokens, width] = G^T W; dw[vocab, width] += G weighted_x; db[vocab] += G token_weight. Null outputs are skipped.
+// dw is float32, or the high plane of a `Split` whose low plane is dw_low.
 template <class Op, class Weight>
 void backward(const float* g, const typename Op::Item* weighted_x, const Weight* w, const float* token_weight,
-              float* dx, float* dw, float* db, long tokens, long vocab, long width, long ld, int threads) {
+              float* dx, void* dw, uint8_t* dw_low, float* db, long tokens, long vocab, long width, long ld, int threads) {
     typedef typename Op::Unit Unit;
     const long steps = ld / Op::K, columns = panels(width) * PANEL;
     Scratch<Unit> packed_x(dw ? columns * steps : 0);
     if (dw) pack_rows<Op>(weighted_x, tokens, width, steps, packed_x.data);
-    const Backward<Op, Weight> job{w, g, packed_x.data, dw, db, token_weight, tokens, width, ld};
+    const Backward<Op, Weight> job{w, g, packed_x.data, Sums<Weight>::at(dw, dw_low), db, token_weight, tokens, width, ld};
     std::vector<std::unique_ptr<Scratch<float>>> sums(threads);
 #pragma omp parallel num_threads(threads)
     {
@@ -212,9 +227,9 @@ void pair_gradient_pass(float* zs, const float* zt, long vocab, long ld, const P
         logits<Op, Weight>(x, w, bias, z, tokens, vocab, width, ld, scale, cap, threads);                            \
     }                                                                                                                 \
     EXPORT void backward_##name(const float* g, const Op::Item* x, const Weight* w, const float* token_weight,       \
-                                float* dx, float* dw, float* db, long tokens, long vocab, long width, long ld,       \
-                                int threads) {                                                                        \
-        backward<Op, Weight>(g, x, w, token_weight, dx, dw, db, tokens, vocab, width, ld, threads);                  \
+                                float* dx, void* dw, uint8_t* dw_low, float* db, long tokens, long vocab, long width, \
+                                long ld, int threads) {                                                               \
+        backward<Op, Weight>(g, x, w, token_weight, dx, dw, dw_low, db, tokens, vocab, width, ld, threads);          \
     }
 HEAD(f32_f32, F32, float)
 HEAD(f32_bf16, F32, uint16_t)
@@ -265,6 +280,18 @@ EXPORT void solo_gradient_into(float* z, long vocab, long ld, const float* rows,
             const vf x = load(z + v * ld + n);
             store(z + v * ld + n, chain.apply(vexp(x - load(rows + n)) * load(rows + ld + n), x));
         }
+}
+
+// high[count], with low[count] the next eight bits, becomes the bfloat16 nearest to factor times the sum.
+EXPORT void round_sums(uint16_t* high, const uint8_t* low, long count, float factor, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long from = 0; from < count; from += BLOCK * VL) {
+        alignas(64) float block[BLOCK * VL];
+        const long some = std::min(BLOCK * VL, count - from);
+        for (long i = 0; i < some; i++)
+            block[i] = as_float(uint32_t(high[from + i]) << 16 | uint32_t(low[from + i]) << 8) * factor;
+        convert(block, some, high + from);
+    }
 }
 
 EXPORT void advise_huge_pages(void* memory, long bytes) {

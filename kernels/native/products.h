@@ -46,14 +46,14 @@ struct BF16 {
     }
 };
 
-// c[R, PANEL] (+)= sum over `steps` units of a[r * row_step + k * k_step] * b[k, PANEL].
-template <class Op, int R>
+// c[R, PANEL] (+)= sum over `steps` units of a[r * row_step + k * k_step] * b[k, PANEL]; c is float* or Split.
+template <class Op, int R, class Out>
 static inline void tile(long steps, const typename Op::Unit* a, long row_step, long k_step,
-                        const typename Op::Unit* b, float* c, long ldc, bool add) {
+                        const typename Op::Unit* b, Out c, long ldc, bool add) {
     vf acc[R][2];
     for (int r = 0; r < R; r++) {
         acc[r][0] = acc[r][1] = vf{};
-        if (add) __builtin_prefetch(c + r * ldc, 1), __builtin_prefetch(c + r * ldc + VL, 1);
+        if (add) prefetch(c + r * ldc), prefetch(c + r * ldc + VL);
     }
     for (long k = 0; k < steps; k++, b += PANEL, a += k_step) {
 #pragma GCC unroll 16
@@ -64,21 +64,21 @@ static inline void tile(long steps, const typename Op::Unit* a, long row_step, l
     }
     for (int r = 0; r < R; r++)
         for (int h = 0; h < 2; h++) {
-            float* to = c + r * ldc + h * VL;
+            const Out to = c + (r * ldc + h * VL);
             store(to, add ? load(to) + acc[r][h] : acc[r][h]);
         }
 }
 
 // Any number of rows: full register tiles, then halves.
-template <class Op>
+template <class Op, class Out>
 static inline void tiles(long rows, long steps, const typename Op::Unit* a, long row_step, long k_step,
-                         const typename Op::Unit* b, float* c, long ldc, bool add) {
-    for (; rows >= MR; rows -= MR, a += MR * row_step, c += MR * ldc)
+                         const typename Op::Unit* b, Out c, long ldc, bool add) {
+    for (; rows >= MR; rows -= MR, a += MR * row_step, c = c + MR * ldc)
         tile<Op, MR>(steps, a, row_step, k_step, b, c, ldc, add);
 #define REST(R)                                               \
     if (rows >= R) {                                          \
         tile<Op, R>(steps, a, row_step, k_step, b, c, ldc, add); \
-        rows -= R, a += R * row_step, c += R * ldc;           \
+        rows -= R, a += R * row_step, c = c + R * ldc;        \
     }
     if (MR > 8) { REST(8) }
     REST(4) REST(2) REST(1)

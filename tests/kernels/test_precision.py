@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import LinearHead
+from kernels import LinearHead, chunked
 from tests.kernels.cases import generator, gradients, head, relative_error, trainable
 
 WEIGHTS = {"forward": 1.0, "reverse": 0.0, "mixed": 0.5}
@@ -68,6 +68,15 @@ def test_small_divergences_keep_their_digits(backend: str) -> None:
     assert got.reverse_kl is not None
     assert truth.reverse_kl is not None
     assert relative_error(got.reverse_kl, truth.reverse_kl) <= 1e-3
+
+
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_many_tiles_are_no_worse_than_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's gradient is rounded to bfloat16 once, not once a tile; rows of a width that is no whole panel."""
+    student, teacher = (head(256, 301, 38, seed, dtype=torch.bfloat16) for seed in (1, 2))
+    one = errors(student, teacher, 1.0, backend)
+    monkeypatch.setattr(chunked, "TILE_BYTES", 2 * 4 * 301 * 2)  # two rows a tile
+    assert errors(student, teacher, 1.0, backend)["weight"] <= 1.02 * one["weight"]
 
 
 @pytest.mark.parametrize("backend", ["chunked", "native"])

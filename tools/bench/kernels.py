@@ -1,17 +1,16 @@
 """How fast, lean and exact the kernels are on this CPU: `python -m tools.bench.kernels [--quick] [--json PATH]`.
 
-Everything that is compared is interleaved in one process, round by round, and compared by medians; peak memory is taken
-in a process of its own for each figure. The floor is the matrix products alone, by torch, over all rows at once. With
-`--liger DIR` (made by `pip install --no-deps --target DIR liger-kernel`) Liger's chunked losses run too; without it the
-result says that they did not.
+Everything that is compared is interleaved in one process, in another order each round, and compared by medians; peak
+memory is taken in a process of its own for each figure. The floor is the matrix products alone, by torch, over all rows
+at once. Liger's chunked losses run too where Python finds them (`pip install --no-deps --target DIR liger-kernel`, then
+`PYTHONPATH=DIR`); the result says whether they did.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import importlib.util
 import os
-import platform
+import random
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,8 +28,8 @@ from kernels import TopKTargets
 from tools.bench.kernels_goals import goals
 from tools.bench.kernels_precision import precision
 from tools.bench.kernels_subjects import DTYPES, FORWARD_WEIGHT, SUBJECTS, Floor, Shape, Work
+from tools.bench.result import keep, options
 
-RESULTS = Path(__file__).parent / "results" / "kernels.json"
 KEPT = 64
 
 
@@ -51,7 +49,7 @@ FULL = Size(
     memory=Shape(rows=1024, vocab=151_936, student_width=1024, teacher_width=2560),
     many_rows=8192,
     precision=Shape(rows=64, vocab=32_768, student_width=1024, teacher_width=1024),
-    rounds=5,
+    rounds=4,
 )
 QUICK = Size(
     time=Shape(rows=256, vocab=16_384, student_width=512, teacher_width=1024),
@@ -63,12 +61,16 @@ QUICK = Size(
 
 
 def interleaved_s(actions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median wall seconds of each action, all of them run in every round; a first round warms up and is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    """Median wall seconds of each action, all of them run in every round; a first round warms up and is not counted.
+
+    Each round shuffles them: what an action pays for fresh memory depends on what ran before it.
+    """
+    names = list(actions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
-        for name, action in actions.items():
+        for name in random.Random(number).sample(names, len(names)):
             started = time.perf_counter()
-            action()
+            actions[name]()
             if number:
                 seconds[name].append(time.perf_counter() - started)
         print(f"  round {number} of {rounds}", file=sys.stderr)
@@ -88,7 +90,9 @@ def exact(size: Size, dtype: str, with_liger: bool) -> dict[str, Any]:
     for objective in FORWARD_WEIGHT:
         actions[f"native_{objective}"] = partial(_step, "native", work, objective)
     actions["native_frozen_head_forward"] = partial(_step, "native", frozen, "forward")
-    actions["chunked_forward"] = partial(_step, "chunked", work, "forward")
+    if dtype == "bf16":  # as under autocast
+        master = replace(work, student_weight=work.student_weight.detach().float().requires_grad_())
+        actions["native_fp32_master_weight_forward"] = partial(_step, "native", master, "forward")
     for peer in ("plain", "liger") if with_liger else ("plain",):
         for objective in ("forward", "reverse"):
             actions[f"{peer}_{objective}"] = partial(_step, peer, work, objective)
@@ -153,23 +157,12 @@ def memory(size: Size, dtype: str, with_liger: bool) -> dict[str, Any]:
     }
 
 
-def environment(with_liger: bool) -> dict[str, Any]:
-    """Versions, device and commit."""
+def liger_version(with_liger: bool) -> str:
+    """As installed, or that it is not."""
     try:
-        liger = version("liger-kernel") if with_liger else "absent"
+        return version("liger-kernel") if with_liger else "absent"
     except PackageNotFoundError:
-        liger = "unknown"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "liger-kernel": liger},
-        "device": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        },
-        "commit": commit.stdout.strip(),
-    }
+        return "unknown"
 
 
 def measure(size: Size, with_liger: bool) -> dict[str, Any]:
@@ -187,25 +180,12 @@ def measure(size: Size, with_liger: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, to see that it works; not for keeping")
-    parser.add_argument("--json", type=Path, help="where to write the result (default: the kept one, unless --quick)")
-    parser.add_argument("--liger", type=Path, help="a folder that liger-kernel was installed to with pip --target")
-    arguments = parser.parse_args()
-    if arguments.liger is not None:
-        sys.path.append(str(arguments.liger.resolve()))
-    else:
-        print("Liger is absent: pass --liger DIR to compare with it", file=sys.stderr)
-    size, with_liger = QUICK if arguments.quick else FULL, arguments.liger is not None
+    """Measure and keep."""
+    chosen = options("kernels", __doc__ or "")
+    with_liger = importlib.util.find_spec("liger_kernel") is not None
+    size = QUICK if chosen.quick else FULL
     found = measure(size, with_liger)
-    result = {**environment(with_liger), "configuration": asdict(size), **found, "goals": goals(found, with_liger)}
-    text = json.dumps(result, indent=1)
-    path = arguments.json or (None if arguments.quick else RESULTS)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
-    print(text)
+    keep(chosen, config={**asdict(size), "liger-kernel": liger_version(with_liger)}, figures=found, goals=goals(found))
 
 
 if __name__ == "__main__":
