@@ -9,19 +9,21 @@ Deliberately not here: which engine the teacher runs in, and how anything is sto
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcache import flops
 from logitcache.codecs import Calibration, Codec, TargetSpec, calibrate
-from logitcache.codecs.fidelity import measured_kl
+from logitcache.codecs.dense import DenseHead
+from logitcache.codecs.fidelity import Gauge
 from logitcache.codecs.quantize import as_float32
-from logitcache.records import HiddenStateTargets, TeacherTargets, TokenSequence
+from logitcache.records import Head, HiddenStateTargets, TeacherTargets, TokenSequence
 from logitcache.scoring import Generator, HiddenStateRequest, Prompt, SampledRequest, Sampling, Scorer
 from logitcache.store.commits import Committed
 from logitcache.store.writer import Store
@@ -44,10 +46,15 @@ class Unit:
     prompts: tuple[Prompt, ...]
 
 
-def cut_into_units(prompts: Sequence[Prompt], prompts_per_unit: int) -> list[Unit]:
-    """Consecutive slices of the prompts, named by their number."""
+def unit_name(number: int) -> str:
+    """The name of a unit by its number; names sort as numbers do."""
+    return f"{number:08d}"
+
+
+def cut_into_units(prompts: Sequence[Prompt], prompts_per_unit: int, *, first: int = 0) -> list[Unit]:
+    """Consecutive slices of the prompts, named by their number; the first has number `first`."""
     slices = [prompts[start : start + prompts_per_unit] for start in range(0, len(prompts), prompts_per_unit)]
-    return [Unit(name=f"{number:08d}", prompts=tuple(part)) for number, part in enumerate(slices)]
+    return [Unit(name=unit_name(number), prompts=tuple(part)) for number, part in enumerate(slices, first)]
 
 
 def share_of(units: Sequence[Unit], worker: int, workers: int) -> list[Unit]:
@@ -69,6 +76,9 @@ def missing_units(committed: Committed, units: Sequence[Unit], tiers: Iterable[s
     return [unit for unit in units if unit.name not in complete]
 
 
+Comparison = Callable[[Sequence[TokenSequence], Sequence[NDArray[np.float32]], Head], dict[str, list[float]]]
+"""KL per row in nats between a scorer and a reference, by direction; of sequences, the scorer's states and its head."""
+
 Scored = tuple[Unit, list[TokenSequence], list[tuple[TeacherTargets, ...]]]
 
 
@@ -83,6 +93,8 @@ class Build:
         units: all units of the build, not only this worker's: the first one calibrates the codecs.
         specs: the tiers to write, each named by its kind.
         sampling: how completions are drawn.
+        compare: measures the first unit's scores against a reference engine; None where the engine is that reference,
+            or nobody wants to know.
     """
 
     engine: Engine
@@ -91,6 +103,7 @@ class Build:
     units: Sequence[Unit]
     specs: Sequence[TargetSpec]
     sampling: Sampling
+    compare: Comparison | None = None
 
     def run(self, share: Sequence[Unit]) -> None:
         """Do what is missing of these units, and commit each part as soon as it is whole."""
@@ -101,7 +114,7 @@ class Build:
             for scored in self._scored(missing, codecs, committed):
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(self._write_targets, scored, codecs, committed)
+                pending = writer.submit(self._write_targets, scored, codecs, committed, self._compared(scored))
             if pending is not None:
                 pending.result()
 
@@ -129,9 +142,14 @@ class Build:
         codecs: dict[str, Codec] = {}
         for spec in self.specs:
             if sample is not None and spec.kind not in have:
-                self.store.create_tier(spec.kind, calibrate(spec, self.engine.head, sample), asdict(spec))
+                self.store.create_tier(spec.kind, calibrate(spec, self._teacher, sample), asdict(spec))
             codecs[spec.kind] = self.store.tier_codec(spec.kind)
         return codecs
+
+    @cached_property
+    def _teacher(self) -> DenseHead:
+        """The teacher's head in float32, laid out once for calibration and for every measurement."""
+        return DenseHead(self.engine.head)
 
     def _calibration(self) -> Calibration:
         kept: list[TokenSequence] = []
@@ -139,21 +157,34 @@ class Build:
             if sum(earlier.completion_tokens for earlier in kept) < CALIBRATION_ROWS:
                 kept.append(sequence)
         hidden = np.concatenate([_states(targets) for targets in self.engine.score(kept, [HiddenStateRequest()])])
-        return Calibration(hidden=hidden, token_ids=np.concatenate([sequence.completion_ids for sequence in kept]))
+        ids = [sequence.completion_ids for sequence in kept]
+        numbers = np.repeat(np.arange(len(ids)), [len(item) for item in ids])
+        return Calibration(hidden=hidden, token_ids=np.concatenate(ids), sequence=numbers)
 
-    def _write_targets(self, scored: Scored, codecs: Mapping[str, Codec], committed: Committed) -> None:
+    def _compared(self, scored: Scored) -> dict[str, Any]:
+        """Facts of the first unit. Not in the writer's thread: a reference must not compute beside the teacher."""
+        unit, sequences, targets = scored
+        if self.compare is None or unit.name != self.units[0].name:
+            return {}
+        states = [_states(item) for item in targets]
+        return {"engine_kl_nats": self.compare(sequences, states, self.engine.head)}
+
+    def _write_targets(
+        self, scored: Scored, codecs: Mapping[str, Codec], committed: Committed, compared: Mapping[str, Any]
+    ) -> None:
         unit, sequences, targets = scored
         sample = _every_nth(np.concatenate([_states(item) for item in targets]), FIDELITY_ROWS)
         for position, (tier, codec) in enumerate(codecs.items()):
             if unit.name in committed.targets.get(tier, ()):
                 continue
             facts = {"flops": self._score_flops(tier, sequences, codecs), "kl_nats": self._kl_nats(codec, sample)}
-            self.store.write_targets(unit.name, tier, codec, [item[position] for item in targets], facts)
+            targets_of_tier = [item[position] for item in targets]
+            self.store.write_targets(unit.name, tier, codec, targets_of_tier, {**facts, **compared})
 
     def _kl_nats(self, codec: Codec, sample: NDArray[np.float32]) -> list[float]:
         if isinstance(codec.request, SampledRequest):
             return []  # draws are no distribution: they are unbiased, and have no KL of their own
-        return measured_kl(codec, self.engine.head, sample).forward.tolist()
+        return Gauge(codec, self._teacher).measure(sample).forward.tolist()
 
     def _score_flops(
         self, tier: str, sequences: Sequence[TokenSequence], codecs: Mapping[str, Codec]

@@ -18,7 +18,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.errors import require
+from logitcache.errors import UserError, require
 
 MAX_TOKENS = 1 << 24
 """Longest sequence accepted, in tokens: far above any context, far below any overflow."""
@@ -42,13 +42,14 @@ class FinishReason(StrEnum):
 
 
 def _array(name: str, value: NDArray, dtypes: tuple[type, ...], shape: tuple[int | None, ...]) -> None:
-    names = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-    expected = f"{name}: {names}[{', '.join('*' if size is None else str(size) for size in shape)}]"
-    found = f"{value.dtype.name}{list(value.shape)}"
     fits = len(value.shape) == len(shape) and all(
         want is None or want == have for want, have in zip(shape, value.shape, strict=True)
     )
-    require(fits and value.dtype in dtypes, expected, found, "pass an array of that dtype and shape")
+    if fits and value.dtype in dtypes:
+        return
+    names = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+    expected = f"{name}: {names}[{', '.join('*' if size is None else str(size) for size in shape)}]"
+    raise UserError(expected, f"got {value.dtype.name}{list(value.shape)}", "pass an array of that dtype and shape")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,17 +1,18 @@
 """From a spec to a codec: what has to be learnt of the teacher first is learnt from a sample of its states.
 
-Guarantees: deterministic in (spec, head, sample). Where a fidelity is asked for (`max_kl`), it is judged on rows of
-the sample that were held out of the fit; otherwise the whole sample is fitted on.
+Guarantees: deterministic in (spec, teacher, sample). Where a fidelity is asked for (`max_kl`), it is judged on
+sequences that were held out of the fit, by an upper confidence bound of the mean KL: `topk` by that of the forward KL,
+`hidden` by the worse of both directions. Otherwise the whole sample is fitted on.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from logitcache.codecs.calibration import Calibration
+from logitcache.codecs.calibration import Calibration, upper_bound
 from logitcache.codecs.codec import Codec
 from logitcache.codecs.dense import DenseHead
-from logitcache.codecs.fidelity import measured_kl
+from logitcache.codecs.fidelity import Gauge
 from logitcache.codecs.fit_prior import fit_prior, gather, popularity
 from logitcache.codecs.fit_transform import fit_basis, with_step
 from logitcache.codecs.full_vocab import FullVocabCodec
@@ -22,31 +23,32 @@ from logitcache.codecs.specs import FullVocabSpec, HiddenSpec, SampledSpec, Targ
 from logitcache.codecs.topk import TopKCodec
 from logitcache.codecs.topk_values import RootGrid, likeliest, matching_step
 from logitcache.codecs.transform import TransformCodec
-from logitcache.records import Head
 from logitcache.scoring import SampledRequest, TopKRequest
 
 _ROWS_PER_CHUNK = 1024
 
 
-def calibrate(spec: TargetSpec, head: Head, sample: Calibration) -> Codec:
-    """The codec that a spec asks for, fitted to the teacher whose output head is `head`.
+def calibrate(spec: TargetSpec, teacher: DenseHead, sample: Calibration) -> Codec:
+    """The codec that a spec asks for, fitted to the teacher whose output head that is.
 
     Raises:
         UserError: a fidelity that no setting reaches; states that are not finite.
     """
     match spec:
         case TopKSpec(max_kl=None):
-            return fit_topk(spec, spec.p, DenseHead(head), sample)
+            return fit_topk(spec, spec.p, teacher, sample)
         case TopKSpec(max_kl=max_kl):
-            return _topk_within(spec, float(max_kl or 0), head, sample)
+            return _topk_within(spec, float(max_kl or 0), teacher, sample)
         case HiddenSpec(step=None, max_kl=None):
-            return HiddenStateCodec(head=head)
-        case HiddenSpec():
-            return _transform(spec, head, sample)
+            return HiddenStateCodec(head=teacher.head)
+        case HiddenSpec(step=None, max_kl=max_kl):
+            return _transform_within(float(max_kl or 0), teacher, sample)
+        case HiddenSpec(step=step):
+            return with_step(fit_basis(teacher, sample.hidden), float(step or 0), teacher.head)
         case FullVocabSpec(step=step):
-            return FullVocabCodec(vocab_size=head.vocab_size, step=step)
+            return FullVocabCodec(vocab_size=teacher.head.vocab_size, step=step)
         case SampledSpec(n=n):
-            return _fit_sampled(n, DenseHead(head), sample)
+            return _fit_sampled(n, teacher, sample)
 
 
 def fit_topk(spec: TopKSpec, p: float, head: DenseHead, sample: Calibration) -> TopKCodec:
@@ -71,29 +73,26 @@ def _entry_chunk(entries_per_row: float) -> int:
     return int(2 ** np.rint(np.log2(_ROWS_PER_CHUNK * entries_per_row)))
 
 
-def _topk_within(spec: TopKSpec, max_kl: float, head: Head, sample: Calibration) -> TopKCodec:
-    dense, held_out = DenseHead(head), sample.held_out.hidden
+def _topk_within(spec: TopKSpec, max_kl: float, teacher: DenseHead, sample: Calibration) -> TopKCodec:
+    fitting, judges = sample.fitting, sample.held_out
 
     def attempt(p: float) -> tuple[TopKCodec, float]:
-        codec = fit_topk(spec, p, dense, sample.fitting)
-        return codec, measured_kl(codec, head, held_out).mean
+        codec = fit_topk(spec, p, teacher, fitting)
+        return codec, upper_bound(Gauge(codec, teacher).measure(judges.hidden).forward, judges.sequence)
 
     # The KL of a threshold p grows as p to about the power 1/2 to 1.
     dial = Dial(start=max(max_kl / 10, 1e-5), lowest=1e-6, highest=0.1, exponent=0.6)
     return coarsest_within(dial, max_kl, attempt, f"topk with k={spec.k}, mass={spec.mass:g} at {max_kl:g} nats")
 
 
-def _transform(spec: HiddenSpec, head: Head, sample: Calibration) -> TransformCodec:
-    if spec.step is not None:
-        return with_step(fit_basis(DenseHead(head), sample.hidden), spec.step, head)
-    basis = fit_basis(DenseHead(head), sample.fitting.hidden)
-    held_out = sample.held_out.hidden
+def _transform_within(max_kl: float, teacher: DenseHead, sample: Calibration) -> TransformCodec:
+    basis, judges = fit_basis(teacher, sample.fitting.hidden), sample.held_out
 
     def attempt(step: float) -> tuple[TransformCodec, float]:
-        codec = with_step(basis, step, head)
-        return codec, measured_kl(codec, head, held_out).mean
+        codec = with_step(basis, step, teacher.head)
+        found = Gauge(codec, teacher).measure(judges.hidden)
+        return codec, max(upper_bound(kl, judges.sequence) for kl in (found.forward, found.reverse))
 
-    max_kl = float(spec.max_kl or 0)
     dial = Dial(start=0.2 * max_kl**0.5, lowest=1e-4, highest=1.0, exponent=2.0)
     return coarsest_within(dial, max_kl, attempt, f"hidden at {max_kl:g} nats")
 

@@ -7,6 +7,7 @@ For calibration, fidelity and tests; training has its own kernels. Peak memory i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +25,15 @@ def row_blocks(rows: int, block: int = BLOCK_ROWS) -> Iterator[slice]:
 
 
 class DenseHead:
-    """A head whose float32 weight is laid out once, to be applied to many blocks."""
+    """A head whose float32 weight is laid out once, on first use, to be applied to many blocks."""
 
     def __init__(self, head: Head) -> None:
         self.head = head
-        self.weight_VD = as_float32(head.weight)
+
+    @cached_property
+    def weight_VD(self) -> NDArray[np.float32]:
+        """float32[V, D]: twice a bfloat16 head, so one teacher needs one of these."""
+        return as_float32(self.head.weight)
 
     def logits(self, hidden: NDArray[np.uint16] | NDArray[np.float32]) -> NDArray[np.float32]:
         """float32[n, V] logits of [n, D] states: cap(scale * (hidden @ weight.T + bias))."""

@@ -20,6 +20,8 @@ from logitcache.records import SampledTargets, TeacherTargets, TopKTargets
 VALUE_BITS = 8
 MAX_VALUE = (1 << VALUE_BITS) - 1
 MAX_VOCAB = 1 << 24
+_ROW_SHIFT = 32
+"""Entries are sorted within rows by one sort of 64 bits each, the row above the key: numpy does that with SIMD."""
 
 SparseTargets = TypeVar("SparseTargets", TopKTargets, SampledTargets)
 
@@ -54,7 +56,9 @@ def pack(
     if ids.size and (ids.min() < 0 or ids.max() >= len(ranks)):
         found = f"{ids.min()} to {ids.max()}"
         raise UserError(f"token ids below {len(ranks)}", found, "check the scorer's vocabulary")
-    order = _sorted_in_rows(((ranks[ids] << VALUE_BITS) | values).astype(np.uint32), row_splits)
+    keys = (ranks[ids] << VALUE_BITS) | values | (np.repeat(np.arange(len(counts)), counts) << _ROW_SHIFT)
+    keys.sort()
+    order = keys.astype(np.uint32)
     rank = (order >> VALUE_BITS).astype(np.int64)
     gap = np.diff(rank, prepend=-1) - 1
     first = row_splits[:-1]
@@ -66,8 +70,8 @@ def pack(
 
 def unpack(
     entries: NDArray[np.uint32], counts: NDArray[np.int16], token_of_rank: NDArray[np.uint32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-    """Row splits int64[C+1], row of each entry int64[E], ids int32[E] ascending within a row, values int64[E].
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+    """Row splits int64[C+1], ids int32[E] ascending within a row, values int64[E].
 
     Raises:
         DamagedError: counts that do not add up to the entries, or a rank beyond the vocabulary.
@@ -76,36 +80,23 @@ def unpack(
     np.cumsum(counts, out=splits[1:])
     if splits[-1] != len(entries) or (counts < 1).any():
         raise DamagedError(f"{splits[-1]} entries of {len(counts)} rows", f"{len(entries)}", "run logitcache verify")
-    row = np.repeat(np.arange(len(counts)), counts)
+    steps = (entries >> VALUE_BITS).astype(np.int64) + 1
     ends = np.zeros(len(entries) + 1, np.int64)
-    np.cumsum((entries >> VALUE_BITS) + np.uint32(1), out=ends[1:])
-    rank = ends[1:] - ends[splits[:-1]][row] - 1
-    if len(rank) and rank.max() >= len(token_of_rank):
-        raise DamagedError(f"ranks below {len(token_of_rank)}", f"{rank.max()}", "run logitcache verify")
-    named = (token_of_rank[rank] << np.uint32(VALUE_BITS)) | (entries & np.uint32(MAX_VALUE))
-    order = _sorted_in_rows(named, splits)
-    return splits, row, (order >> VALUE_BITS).astype(np.int32), (order & MAX_VALUE).astype(np.int64)
-
-
-def _sorted_in_rows(keys: NDArray[np.uint32], splits: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """Each row's keys in ascending order.
-
-    Rows of about one length (one power of two) are padded to a matrix and sorted along it: over ten times faster than
-    one sort of (row, key) pairs.
-    """
-    counts = np.diff(splits)
-    ordered = keys.copy()
-    lengths = np.ceil(np.log2(counts))
-    for length in np.unique(lengths[counts > 1]):
-        rows = np.flatnonzero(lengths == length)
-        lane = np.arange(counts[rows].max())
-        present = lane < counts[rows, None]
-        where = (splits[rows, None] + lane)[present]
-        matrix = np.full(present.shape, np.iinfo(np.uint32).max, np.uint32)
-        matrix[present] = keys[where]
-        matrix.sort(axis=1)
-        ordered[where] = matrix[present]
-    return ordered
+    np.cumsum(steps, out=ends[1:])
+    spans = np.diff(ends[splits])
+    if (spans > len(token_of_rank)).any():
+        raise DamagedError(f"ranks below {len(token_of_rank)}", f"{spans.max() - 1}", "run logitcache verify")
+    # One running sum gives row and rank: where a row starts, it takes back what the row before added to the rank.
+    steps[splits[1:-1]] += (1 << _ROW_SHIFT) - spans[:-1]
+    steps[:1] -= 1
+    places = np.cumsum(steps, out=steps)
+    ranks = places & ((1 << _ROW_SHIFT) - 1)
+    keys = places ^ ranks
+    keys |= token_of_rank.take(ranks) << np.uint32(VALUE_BITS)
+    keys |= entries & np.uint32(MAX_VALUE)
+    keys.sort()
+    ordered = keys.astype(np.uint32)
+    return splits, (ordered >> VALUE_BITS).view(np.int32), (ordered & MAX_VALUE).astype(np.int64)
 
 
 def rank_of_token(token_of_rank: NDArray[np.uint32]) -> NDArray[np.int64]:

@@ -46,12 +46,15 @@ class Fidelity:
 
 
 class Gauge:
-    """Measures one codec against one teacher; holds both heads in float32, for a build that measures every part."""
+    """Measures one codec against a teacher whose float32 head is shared; a transform-coded tier has its own besides."""
 
-    def __init__(self, codec: Codec, head: Head) -> None:
+    def __init__(self, codec: Codec, teacher: DenseHead) -> None:
         self._codec = codec
-        self._teacher = DenseHead(head)
-        self._decoder = None if codec.head is None else DenseHead(codec.head)
+        self._teacher = teacher
+        self._decoder = None if codec.head is None else self._decoder_of(codec.head)
+
+    def _decoder_of(self, head: Head) -> DenseHead:
+        return self._teacher if head.fingerprint == self._teacher.head.fingerprint else DenseHead(head)
 
     def measure(self, hidden: NDArray[np.float32]) -> Fidelity:
         """Encode and decode the rows of a sample, and compare; see `measured_kl`."""
@@ -77,7 +80,7 @@ def measured_kl(codec: Codec, head: Head, hidden: NDArray[np.float32]) -> Fideli
     Raises:
         UserError: a kind that is no distribution (`sampled`); states or logits that are not finite.
     """
-    return Gauge(codec, head).measure(hidden)
+    return Gauge(codec, DenseHead(head)).measure(hidden)
 
 
 def targets_of(

@@ -97,7 +97,7 @@ class SampledCodec:
     def decode(self, arrays: Mapping[str, NDArray[Any]]) -> SampledTargets:
         """Unpack whole rows; see `Codec.decode`."""
         rows = arrays[ROWS]
-        splits, _, ids, counts = packed.unpack(arrays[ENTRIES], rows[:, _DISTINCT], self.token_of_rank)
+        splits, ids, counts = packed.unpack(arrays[ENTRIES], rows[:, _DISTINCT], self.token_of_rank)
         return SampledTargets(
             ids=ids,
             counts=counts.astype(np.int32),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from logitcache.codecs.quantize import (
     unzigzag,
     zigzag,
 )
-from logitcache.codecs.topk_values import HeadValues, RootGrid, head_values, likeliest
+from logitcache.codecs.topk_values import HeadValues, Levels, RootGrid, head_values, likeliest
 from logitcache.errors import UserError
 from logitcache.records import TeacherTargets, TopKTargets
 from logitcache.scoring import TopKRequest
@@ -161,9 +162,13 @@ class TopKCodec:
         self, rows: NDArray[np.int16], entries: NDArray[np.uint32]
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], HeadValues]:
         """Row splits, ids ascending within each row, and their values."""
-        splits, row, ids, code = packed.unpack(entries, rows[:, _COUNT], self.prior.token_of_rank)
+        splits, ids, code = packed.unpack(entries, rows[:, _COUNT], self.prior.token_of_rank)
         _, log_head = decode_log_odds(rows[:, _TAIL])
-        return splits, ids, head_values(code, splits, row, log_head, self.levels)
+        return splits, ids, head_values(code, splits, log_head, self._levels)
+
+    @cached_property
+    def _levels(self) -> Levels:
+        return Levels(self.levels)
 
     def _expected_entropy(self, rows: NDArray[np.int16], values: HeadValues) -> NDArray[np.int16]:
         """int16[C], root grid: the entropy that the head, the tail's mass and an average tail would have."""

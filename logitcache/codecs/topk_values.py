@@ -9,6 +9,7 @@ scale that hurts the gradient least. `offset` is the root of the threshold, wher
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,36 +90,81 @@ class HeadValues:
     entropy: NDArray[np.float32]
 
 
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """What each code is worth, and the terms that a row's sums are made of.
+
+    Sums are differences of a running int64 sum, in units of 2^-52: exact for float32 terms of 4e-9 or more, and several
+    times faster than a sum row by row.
+
+    Attributes:
+        probs: float32[256]; code 0, the likeliest token's, has none of its own.
+    """
+
+    probs: NDArray[np.float32]
+
+    @cached_property
+    def log_probs(self) -> NDArray[np.float32]:
+        """float32[256], nats; 0 for code 0."""
+        return np.log(np.where(np.arange(len(self.probs)) > 0, self.probs, np.float32(1)))
+
+    @cached_property
+    def units(self) -> NDArray[np.int64]:
+        """int64[256]: the probabilities; 0 for code 0."""
+        return _in_units(np.where(np.arange(len(self.probs)) > 0, self.probs, np.float32(0)))
+
+    @cached_property
+    def entropy_units(self) -> NDArray[np.int64]:
+        """int64[256]: p log p; 0 for code 0."""
+        return _in_units(self.probs * self.log_probs)
+
+
+_UNIT = 2.0**-52
+
+
+def _in_units(values: NDArray[np.float32]) -> NDArray[np.int64]:
+    return np.rint(values.astype(np.float64) / _UNIT).astype(np.int64)
+
+
+def _row_sums(units: NDArray[np.int64], splits: NDArray[np.int64]) -> NDArray[np.float64]:
+    """float64[C]: the sum of each row. A running sum that wraps round loses nothing, since a row's own fits."""
+    ends = np.zeros(len(units) + 1, np.int64)
+    np.cumsum(units, out=ends[1:])
+    return np.diff(ends[splits]) * _UNIT
+
+
 def head_values(
-    code: NDArray[np.int64],
-    splits: NDArray[np.int64],
-    row: NDArray[np.int64],
-    log_head: NDArray[np.float64],
-    levels: NDArray[np.float32],
+    code: NDArray[np.int64], splits: NDArray[np.int64], log_head: NDArray[np.float64], levels: Levels
 ) -> HeadValues:
     """Probabilities from cells: each row's add up to exp(log_head), and code 0 takes what the others leave.
 
     Args:
         code: int64[E] of `RootGrid.cells`, 0 for the likeliest.
         splits: int64[C+1], entries of row c; none empty.
-        row: int64[E], the row of each entry.
         log_head: float64[C], log of the kept mass.
-        levels: float32[256], the probability of each code.
+        levels: of the codes.
     """
-    if len(splits) == 1:
-        nothing = np.empty(0, np.float32)
-        return HeadValues(log_probs=nothing, top=nothing, entropy=nothing)
-    probs = levels[code]
-    others = np.add.reduceat(probs, splits[:-1], dtype=np.float64)
-    mass = np.exp(log_head)
-    top = np.maximum(mass - others, np.maximum.reduceat(probs, splits[:-1]))
+    counts, units, mass = np.diff(splits), levels.units.take(code), np.exp(log_head)
+    others = _row_sums(units, splits)
+    top = mass - others
+    larger = np.flatnonzero(units > np.repeat(np.floor(top / _UNIT).astype(np.int64), counts))
+    np.maximum.at(top, np.searchsorted(splits, larger, side="right") - 1, levels.probs[code[larger]])
     scale = mass / (top + others)
-    probs *= scale.astype(np.float32)[row]
-    probs[code == 0] = (top * scale).astype(np.float32)
-    log_probs = np.log(probs)
-    entropy = -np.add.reduceat(probs * log_probs, splits[:-1], dtype=np.float64)
+    top *= scale
+    likeliest_probs = top.astype(np.float32)
+    likeliest_log_probs = np.log(likeliest_probs)
+    log_probs = levels.log_probs.take(code)
+    log_probs[np.flatnonzero(code == 0)] = likeliest_log_probs
+    entropy = -_row_sums(levels.entropy_units.take(code), splits) - likeliest_probs * likeliest_log_probs
+    scale = scale.astype(np.float32)
+    if (scale != 1).any():  # the few rows where the likeliest was given more than the others leave
+        rows = np.flatnonzero(scale != 1)
+        scaled = np.flatnonzero(np.repeat(scale != 1, counts))
+        probs = levels.probs[code[scaled]] * np.repeat(scale[rows], counts[rows])
+        probs[code[scaled] == 0] = likeliest_probs[rows]
+        log_probs[scaled] = np.log(probs)
+        starts = np.cumsum(counts[rows]) - counts[rows]
+        entropy[rows] = -np.add.reduceat(probs * log_probs[scaled], starts, dtype=np.float64)
     return HeadValues(
-        log_probs=log_probs,
-        top=np.minimum(np.log(top * scale), 0).astype(np.float32),
-        entropy=entropy.astype(np.float32),
+        log_probs=log_probs, top=np.minimum(np.log(top), 0).astype(np.float32), entropy=entropy.astype(np.float32)
     )

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.codecs.codec import Axis, Codec, CountsEntries
@@ -169,27 +168,12 @@ def slice_rows(targets: TeacherTargets, first: int, stop: int) -> TeacherTargets
             return HiddenStateTargets(hidden=targets.hidden[rows], head_fingerprint=targets.head_fingerprint)
         case FullVocabTargets():
             return FullVocabTargets(log_probs=targets.log_probs[rows])
-        case TopKTargets():
-            entries, splits = _entries(targets.row_splits, first, stop)
-            return TopKTargets(
-                ids=targets.ids[entries],
-                log_probs=targets.log_probs[entries],
-                row_splits=splits,
-                tail_log_mass=targets.tail_log_mass[rows],
-                token_log_prob=targets.token_log_prob[rows],
-                entropy=targets.entropy[rows],
-            )
-        case SampledTargets():
-            entries, splits = _entries(targets.row_splits, first, stop)
-            return SampledTargets(
-                ids=targets.ids[entries],
-                counts=targets.counts[entries],
-                row_splits=splits,
-                token_log_prob=targets.token_log_prob[rows],
-                entropy=targets.entropy[rows],
-            )
+        case TopKTargets() | SampledTargets():
+            splits = targets.row_splits[first : stop + 1]
+            entries = slice(int(splits[0]), int(splits[-1]))
+            cut = {name: value[entries if name in _PER_ENTRY else rows] for name, value in vars(targets).items()}
+            return type(targets)(**{**cut, "row_splits": splits - splits[0]})
 
 
-def _entries(row_splits: NDArray[np.int64], first: int, stop: int) -> tuple[slice, NDArray[np.int64]]:
-    splits = row_splits[first : stop + 1]
-    return slice(int(splits[0]), int(splits[-1])), splits - splits[0]
+_PER_ENTRY = ("ids", "log_probs", "counts")
+"""Fields of sparse targets that have one number a kept entry; the others have one a row."""

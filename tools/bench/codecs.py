@@ -31,7 +31,7 @@ from logitcache.records import Head, TopKTargets
 from logitcache.scoring import TopKRequest
 from logitcache.store.shards import ArraySpec, encode_shards
 from tools.bench.codecs_goals import goals
-from tools.bench.codecs_sample import cut, teacher_sample
+from tools.bench.codecs_sample import teacher_sample
 from tools.bench.peers import Peer, TopTokens, compressed_bytes, peers, top_tokens
 from tools.bench.result import keep, options
 
@@ -44,7 +44,7 @@ SPECS = (
     "topk:mass=0.98:p=1e-5",
     "hidden",
     *(f"hidden:step={step}" for step in ("0.02", "0.01", "0.005")),
-    "hidden:max-kl=1.6e-3",
+    "hidden:max-kl=2e-3",
 )
 PEAKED_SPECS = (*(f"topk:p={p}" for p in ("1e-3", "7e-4", "6e-4", "5e-4", "3e-4")), "hidden:step=0.01")
 PEAKED_PEERS = 3
@@ -92,7 +92,7 @@ def main() -> None:
     fitted, measured = (2_048, 1_024) if chosen.quick else (16_384, 6_144)
     model_dir = embedded_teacher_dir()
     sample, head = teacher_sample(model_dir, chosen.data / "deepscaler.parquet", fitted + measured)
-    calibration, rows = cut(sample, 0, fitted), cut(sample, fitted, fitted + measured)
+    calibration, rows = sample.rows(slice(fitted)), sample.rows(slice(fitted, fitted + measured))
     rivals = peers(head.vocab_size)
     plain = measure(SPECS, rivals, head, calibration, rows)
     sharper = replace(head, scale=head.scale * PEAKED)
@@ -114,7 +114,7 @@ def measure(
     teacher = DenseHead(head)
     formats: dict[str, Ours | Theirs] = {}
     for text in specs:
-        codec = calibrate(parse_targets(text)[0], head, calibration)
+        codec = calibrate(parse_targets(text)[0], teacher, calibration)
         formats[text] = Ours(codec=codec, source=head.fingerprint)
     for peer in rivals:
         formats[peer.name] = Theirs(peer=peer, prior=one_tail(teacher, calibration, peer.k))
@@ -122,7 +122,7 @@ def measure(
     spread = rows.hidden.std(axis=0)
     distances: dict[str, list[float]] = {name: [] for name in STUDENT_NOISE}
     for block in row_blocks(len(rows), BLOCK):
-        some = cut(rows, block.start, block.stop)
+        some = rows.rows(block)
         exact = teacher.log_probs(some.hidden)
         students = _students(teacher, some.hidden, spread) if block.stop <= GRADIENT_BLOCKS * BLOCK else {}
         for name, log_probs in students.items():

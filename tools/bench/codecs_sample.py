@@ -40,9 +40,5 @@ def teacher_sample(model_dir: Path, problems: Path, rows: int) -> tuple[Calibrat
         ids.append(sequence.completion_ids)
         if sum(map(len, ids)) >= rows:
             break
-    return Calibration(hidden=np.concatenate(states), token_ids=np.concatenate(ids)), engine.head
-
-
-def cut(sample: Calibration, start: int, stop: int) -> Calibration:
-    """Rows `start` to `stop` of a sample."""
-    return Calibration(hidden=sample.hidden[start:stop], token_ids=sample.token_ids[start:stop])
+    numbers = np.repeat(np.arange(len(ids)), [len(item) for item in ids])
+    return Calibration(hidden=np.concatenate(states), token_ids=np.concatenate(ids), sequence=numbers), engine.head

@@ -17,6 +17,7 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from logitcache.codecs import Codec, HiddenStateCodec, TopKCodec, codec_from_config, uniform_prior
+from logitcache.codecs.topk_values import RootGrid
 from logitcache.records import (
     FinishReason,
     Head,
@@ -66,7 +67,7 @@ def make(tier: str, tokens: int, seed: int = 0) -> Made:
 def _topk_codec() -> TopKCodec:
     """Probabilities of 1e-3 and more on a grid of roots, and chunks of about 1,024 rows."""
     request, step = TopKRequest(max_k=MOST_KEPT, min_probability=1e-3), 0.004
-    levels = np.minimum((request.min_probability**0.5 + step * (np.arange(256) + 0.5)) ** 2, 1).astype(np.float32)
+    levels = RootGrid(offset=request.min_probability**0.5, step=step).midpoints()
     return TopKCodec(prior=uniform_prior(VOCAB), request=request, step=step, levels=levels, entry_chunk=1 << 14)
 
 
@@ -154,7 +155,7 @@ def undecoded(config: dict[str, Any], shared: Mapping[str, NDArray[Any]]) -> Any
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """The compressed limit: a file of blosc records, each one sequence's tokens and encoded arrays together."""
+    """The compressed limit: a file of blosc records, each one sequence's tokens and arrays together."""
 
     descriptor: int
     offsets: NDArray[np.int64]
@@ -172,15 +173,20 @@ class Records:
         return found
 
 
-def write_records(made: Made, path: Path) -> Records:
-    """The same arrays as `write_cache` stores, one record a sequence, at the same level and shuffle."""
+def write_records(made: Made, path: Path, *, decoded: bool = False) -> Records:
+    """One record a sequence, at the store's level and shuffle, of the arrays that `write_cache` stores; with `decoded`,
+    of the numbers that they decode to.
+    """
     sizes, shapes = [0], []
     with path.open("wb") as file:
         for sequence, targets in zip(made.sequences, made.targets, strict=True):
-            arrays = {"token_ids": sequence.token_ids, **made.codec.encode([targets]).arrays}
+            arrays = dict(made.codec.encode([targets]).arrays)
+            if decoded:
+                arrays = {k: v for k, v in vars(made.codec.decode(arrays)).items() if isinstance(v, np.ndarray)}
+            arrays = {"token_ids": sequence.token_ids, **arrays}
             shapes.append([(name, value.dtype, value.shape) for name, value in arrays.items()])
             data = np.frombuffer(b"".join(value.tobytes() for value in arrays.values()), np.uint8)
-            record = blosc.compress(data, b"zstd", 5, blosc.SHUFFLE, 0, _typesize(made.codec))
+            record = blosc.compress(data, b"zstd", 5, blosc.SHUFFLE, 0, 4 if decoded else _typesize(made.codec))
             file.write(record)
             sizes.append(len(record))
     return Records(descriptor=os.open(path, os.O_RDONLY), offsets=np.cumsum(sizes), shapes=shapes)

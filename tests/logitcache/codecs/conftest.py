@@ -30,13 +30,14 @@ def head() -> Head:
 def sample() -> Calibration:
     rng = np.random.default_rng(1)
     hidden = rng.standard_normal((ROWS, WIDTH)).astype(np.float32)
-    return Calibration(hidden=hidden, token_ids=rng.integers(0, VOCAB, ROWS, np.int32))
+    ids = rng.integers(0, VOCAB, ROWS, np.int32)
+    return Calibration(hidden=hidden, token_ids=ids, sequence=np.arange(ROWS) // 20)
 
 
 @pytest.fixture(scope="session", params=SPECS)
 def codec(request: pytest.FixtureRequest, head: Head, sample: Calibration) -> Codec:
     """Each kind of codec in turn."""
-    return calibrate(parse_targets(request.param)[0], head, sample)
+    return calibrate(parse_targets(request.param)[0], DenseHead(head), sample)
 
 
 @pytest.fixture(scope="session")

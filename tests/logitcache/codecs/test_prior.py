@@ -35,9 +35,7 @@ def exact(head: Head, sample: Calibration) -> NDArray[np.float32]:
 
 @pytest.fixture
 def fitted(head: Head, sample: Calibration) -> VocabularyPrior:
-    return fit_prior(
-        gather(DenseHead(head), Calibration(hidden=sample.hidden[:300], token_ids=sample.token_ids[:300]), REQUEST)
-    )
+    return fit_prior(gather(DenseHead(head), sample.rows(slice(300)), REQUEST))
 
 
 def test_spread_rows_are_proper_and_keep_what_was_kept(exact: NDArray[np.float32], fitted: VocabularyPrior) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from logitcache.codecs import TopKCodec, uniform_prior
 from logitcache.codecs.dense import log_softmax, select_topk
 from logitcache.codecs.quantize import ROOT_STEP
 from logitcache.codecs.topk import ENTRIES, ROWS
-from logitcache.codecs.topk_values import RootGrid
+from logitcache.codecs.topk_values import Levels, RootGrid, head_values
 from logitcache.errors import DamagedError, UserError
 from logitcache.records import TopKTargets
 from logitcache.scoring import TopKRequest
@@ -153,3 +154,24 @@ def _row(ids: list[int], probs: list[float]) -> TopKTargets:
         token_log_prob=np.float32([-0.5]),
         entropy=np.float32([1.0]),
     )
+
+
+@pytest.mark.parametrize("log_head", [0.0, -1e-3, -0.7])
+def test_values_are_those_of_a_sum_row_by_row(log_head: float) -> None:
+    rng = np.random.default_rng(7)
+    levels = RootGrid(offset=0.01, step=0.01).midpoints()
+    counts = rng.integers(1, 200, 300)
+    splits = np.concatenate([[0], np.cumsum(counts)])
+    code = np.minimum(rng.geometric(1 / 9, splits[-1]), 60)
+    code[splits[:-1] + rng.integers(0, counts)] = 0
+    found = head_values(code, splits, np.full(300, log_head), Levels(levels))
+    floors = 0
+    for row, (start, stop) in enumerate(pairwise(splits.tolist())):
+        others = levels[code[start:stop]].astype(np.float64)
+        top = max(np.exp(log_head) - others.sum(), others.max())
+        floors += top == others.max() and len(others) > 1
+        probs = np.where(code[start:stop] == 0, top, others) * np.exp(log_head) / (top + others.sum())
+        np.testing.assert_allclose(found.log_probs[start:stop], np.log(probs), atol=1e-6)
+        np.testing.assert_allclose(found.top[row], np.log(probs[code[start:stop] == 0][0]), atol=1e-6)
+        np.testing.assert_allclose(found.entropy[row], -(probs * np.log(probs)).sum(), atol=1e-6)
+    assert 0 < floors < 300
