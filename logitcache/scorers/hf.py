@@ -51,7 +51,7 @@ class HFEngine:
     origin: Origin = Origin.TEACHER
     batch_size: int = 64
     batch_tokens: int = 8192
-    tile_rows: int = 256
+    tile_rows: int = 128
     autocast: torch.dtype | None = None
     on_sequences: Callable[[int], None] = lambda _: None
 
@@ -192,23 +192,28 @@ class _Draft:
             self.reason = FinishReason.LENGTH
 
 
-def load_engine(model_dir: Path, *, dtype: str = "bfloat16", **options: Any) -> HFEngine:
-    """A model directory as an engine in bfloat16 or float32, on the GPU if torch sees one; `options` as `HFEngine`.
+def load_engine(model_dir: Path, *, dtype: str = "bfloat16", device: str | None = None, **options: Any) -> HFEngine:
+    """A model directory as an engine in bfloat16 or float32; `options` as `HFEngine`.
+
+    It runs on `device`, or else on the GPU if torch sees one.
 
     Raises:
-        UserError: an unknown dtype, or a model that transformers cannot load as a causal language model.
+        UserError: an unknown dtype, or a model that transformers cannot load as a causal language model, or that does
+            not fit into memory.
     """
     require(dtype in DTYPES, f"a dtype, {' or '.join(DTYPES)}", dtype)
     tokenizer = load_tokenizer(model_dir)
     quiet_transformers()
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype), use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+        model = model.eval().to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    except (OSError, ValueError, KeyError, MemoryError, RuntimeError) as error:  # torch's allocators raise the last
         raise UserError(
-            f"a causal language model in {model_dir.name}", f"cannot be loaded ({error})", "check the directory"
+            f"a causal language model in {model_dir.name}",
+            f"cannot be loaded ({error})",
+            "check the directory and the memory it needs",
         ) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return engine_for(model.eval().to(torch.device(device)), tokenizer, **options)
+    return engine_for(model, tokenizer, **options)
 
 
 def engine_for(model: Any, tokenizer: Any, **options: Any) -> HFEngine:

@@ -1,12 +1,13 @@
 """From final hidden states to a teacher's targets, in torch, one tile of rows at a time.
 
-Guarantees: no more than `tile_rows` rows of full-vocabulary log-probabilities exist at once; they are float32 and
-computed from float32 logits; non-finite logits are an error that names the row.
+Guarantees: no more than `tile_rows` rows of full-vocabulary logits exist at once; they are sums in float32 of exact
+products, whatever precision the teacher computes in; non-finite logits are an error that names the row.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,14 @@ from logitcache.records import (
 )
 from logitcache.scoring import FullVocabRequest, HiddenStateRequest, SampledRequest, TargetRequest, TopKRequest
 
+_PRECISION = threading.Lock()
+"""Held while torch's process-wide precision of float32 products on a CPU is lowered: for products that lose nothing by
+it. A float32 model that computes in another thread meanwhile would lose by it."""
+_CPU_ELEMENTS = 1 << 19
+"""Log-probabilities that are looked at together on a CPU: what its cache holds, some passes over them being needed."""
+_SMALLEST_SUM = 1e-30
+"""A tail below this may have lost terms to float32's range; its logarithm is then summed by its largest term."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TorchHead:
@@ -42,15 +51,33 @@ class TorchHead:
         # Logits rounded to bfloat16 already cost 5e-4 nats, so the product is taken in float32.
         return self.weight.float()
 
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """float32[R, V] logits at temperature 1, a new tensor."""
+        logits = self._product(hidden_RD)
+        if self.bias is not None:
+            logits += self.bias.float()
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.soft_cap is not None:
+            logits = logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return logits
+
     def log_probs(self, hidden_RD: Tensor) -> Tensor:
         """float32[R, V] log-probabilities at temperature 1."""
-        logits = hidden_RD.float() @ self._weight32.T
-        if self.bias is not None:
-            logits = logits + self.bias.float()
-        logits = logits * self.scale
-        if self.soft_cap is not None:
-            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
-        return torch.log_softmax(logits, dim=-1)
+        return torch.log_softmax(self.logits(hidden_RD), dim=-1)
+
+    def _product(self, hidden_RD: Tensor) -> Tensor:
+        rounded = self.weight.dtype is hidden_RD.dtype is torch.bfloat16
+        if not (rounded and self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()):
+            return hidden_RD.float() @ self._weight32.T
+        # Both factors are bfloat16 values: multiplying them as such loses nothing and takes less than half the time.
+        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        with _PRECISION:
+            before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+            try:
+                return hidden_RD.float() @ self._weight32.T
+            finally:
+                matmul.fp32_precision = before
 
     def to_record(self) -> Head:
         """The head as numpy, in its own precision, padding rows already cut off."""
@@ -92,12 +119,15 @@ def _tiles(
     sequence: TokenSequence, hidden_CD: Tensor, head: TorchHead, tile_rows: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     tokens = torch.from_numpy(sequence.completion_ids.astype(np.int64)).to(hidden_CD.device)
+    rows = max(1, _CPU_ELEMENTS // len(head.weight)) if hidden_CD.device.type == "cpu" else tile_rows
     for start in range(0, max(len(hidden_CD), 1), tile_rows):
-        log_probs = head.log_probs(hidden_CD[start : start + tile_rows])
-        bad = ~torch.isfinite(log_probs.amax(dim=-1)) | log_probs.isnan().any(dim=-1)
-        if bad.any():
-            raise _not_finite(sequence, "logits", start + int(bad.nonzero()[0]))
-        yield log_probs, tokens[start : start + tile_rows]
+        logits_RV = head.logits(hidden_CD[start : start + tile_rows])
+        for first in range(0, max(len(logits_RV), 1), rows):
+            log_probs_RV = torch.log_softmax(logits_RV[first : first + rows], dim=-1)
+            bad = ~torch.isfinite(log_probs_RV.amax(dim=-1))  # a NaN or an infinity makes all of its row NaN or -inf
+            if bad.any():
+                raise _not_finite(sequence, "logits", start + first + int(bad.nonzero()[0]))
+            yield log_probs_RV, tokens[start + first : start + first + len(log_probs_RV)]
 
 
 def _not_finite(sequence: TokenSequence, what: str, row: int) -> UserError:
@@ -115,11 +145,10 @@ class _Rows:
         self.token_log_prob: list[np.ndarray] = []
         self.entropy: list[np.ndarray] = []
 
-    def add(self, log_probs_RV: Tensor, tokens_R: Tensor) -> None:
+    def add(self, log_probs_RV: Tensor, probs_RV: Tensor, tokens_R: Tensor) -> None:
         self.token_log_prob.append(log_probs_RV.gather(1, tokens_R[:, None])[:, 0].cpu().numpy())
-        # xlogy's rule, 0 log 0 = 0, for logits of -inf
-        terms = torch.where(log_probs_RV > -torch.inf, log_probs_RV.exp() * log_probs_RV, 0.0)
-        self.entropy.append((-terms.sum(dim=-1)).cpu().numpy())
+        finite_RV = log_probs_RV.clamp(min=torch.finfo(torch.float32).min)  # 0 log 0 = 0, for logits of -inf
+        self.entropy.append(-torch.linalg.vecdot(probs_RV, finite_RV).cpu().numpy())
 
     def columns(self) -> dict[str, np.ndarray]:
         return {"token_log_prob": np.concatenate(self.token_log_prob), "entropy": np.concatenate(self.entropy)}
@@ -134,16 +163,15 @@ class _TopK:
         self.tails: list[np.ndarray] = []
 
     def add(self, log_probs_RV: Tensor, tokens_R: Tensor) -> None:
-        self.rows.add(log_probs_RV, tokens_R)
+        probs_RV = log_probs_RV.exp()
+        self.rows.add(log_probs_RV, probs_RV, tokens_R)
         values_RK, ids_RK = log_probs_RV.topk(min(self.request.max_k, log_probs_RV.shape[1]), dim=-1)
         probs_RK = values_RK.exp()
         keep_RK = (probs_RK >= self.request.min_probability) & (values_RK > -torch.inf)
         if self.request.mass < 1:  # a peaked row's float32 sum reaches 1 long before its last entry
             keep_RK &= probs_RK.cumsum(dim=-1) - probs_RK < self.request.mass
         keep_RK[:, :1] = True
-        # Exact tail: what remains once the kept ids are struck out, never 1 - kept, which cancels.
-        struck = log_probs_RV.scatter(1, ids_RK, torch.where(keep_RK, -torch.inf, values_RK))
-        self.tails.append(struck.logsumexp(dim=-1).cpu().numpy())
+        self.tails.append(_tail_log_mass(log_probs_RV, probs_RV, ids_RK, keep_RK).cpu().numpy())
         ids_RK, order = torch.where(keep_RK, ids_RK, log_probs_RV.shape[1]).sort(dim=-1)
         values_RK, keep_RK = values_RK.gather(1, order), keep_RK.gather(1, order)
         self.ids.append(ids_RK[keep_RK].to(torch.int32).cpu().numpy())
@@ -158,6 +186,17 @@ class _TopK:
             tail_log_mass=np.concatenate(self.tails),
             **self.rows.columns(),
         )
+
+
+def _tail_log_mass(log_probs_RV: Tensor, probs_RV: Tensor, ids_RK: Tensor, keep_RK: Tensor) -> Tensor:
+    """float32[R]: what remains once the kept ids are struck out (of `probs_RV` too), never 1 - kept, which cancels."""
+    sums_R = probs_RV.scatter_(1, ids_RK, torch.where(keep_RK, 0.0, probs_RV.gather(1, ids_RK))).sum(dim=-1)
+    tails_R, small = sums_R.log(), sums_R < _SMALLEST_SUM
+    if small.any():
+        log_probs_SV, ids_SK = log_probs_RV[small], ids_RK[small]
+        kept_SK = log_probs_SV.gather(1, ids_SK).masked_fill(keep_RK[small], -torch.inf)
+        tails_R[small] = log_probs_SV.scatter(1, ids_SK, kept_SK).logsumexp(dim=-1)
+    return tails_R
 
 
 class _FullVocab:
@@ -181,7 +220,7 @@ class _Sampled:
         self.counts: list[np.ndarray] = []
 
     def add(self, log_probs_RV: Tensor, tokens_R: Tensor) -> None:
-        self.rows.add(log_probs_RV, tokens_R)
+        self.rows.add(log_probs_RV, log_probs_RV.exp(), tokens_R)
         cumulative_RV = log_probs_RV.double().exp().cumsum(dim=-1)
         uniform = torch.from_numpy(self.random.random((len(log_probs_RV), self.request.samples)))
         points_RS = uniform.to(cumulative_RV.device) * cumulative_RV[:, -1:]

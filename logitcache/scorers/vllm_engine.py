@@ -47,7 +47,7 @@ class VLLMEngine:
         stop_ids: token ids that end a completion.
         tokenizer_fingerprint: goes into every sample id.
         context_tokens: the longest sequence the engine takes.
-        tile_rows: rows of full-vocabulary log-probabilities that exist at once.
+        tile_rows: rows of full-vocabulary logits that exist at once.
         on_sequences: called with the number of sequences that were just generated or scored.
     """
 
@@ -57,7 +57,7 @@ class VLLMEngine:
     tokenizer_fingerprint: str
     context_tokens: int
     origin: Origin = Origin.TEACHER
-    tile_rows: int = 256
+    tile_rows: int = 128
     on_sequences: Callable[[int], None] = lambda _: None
 
     @cached_property

@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs the vLLM environment: make vllm")
 
+from logitcache.cli import cache_summary
+
 
 def build(problems: Path, out: Path, teacher: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "logitcache.cli", "build", "--problems", str(problems), "--out", str(out)]
@@ -36,7 +38,14 @@ def test_two_builds_are_one_and_another_engine_is_refused(tiny_dir: Path, tmp_pa
         assert told["sealed"]
         assert told["teacher"]["engine"]["name"] == "vllm"
         assert told["completion_tokens"] == 48
+        for tier in told["targets"].values():  # 2 problems of 12 tokens in the first unit
+            forward, reverse = (tier["engine_kl_nats"][direction] for direction in ("forward", "reverse"))
+            assert forward["samples"] == reverse["samples"] == 24
+            assert 0 < forward["mean"] <= forward["p99"] < 0.1
+    assert "KL(transformers in float32, the scoring engine): " in cache_summary(told)
     assert files(first) == files(second)
+    unmeasured = json.loads(build(problems, tmp_path / "third", tiny_dir, *vllm, "--no-compare-engines").stdout)
+    assert [tier["engine_kl_nats"] for tier in unmeasured["targets"].values()] == [None, None]
     mixed = build(problems, first, tiny_dir)
     assert mixed.returncode == 2
     assert "error:" in mixed.stderr

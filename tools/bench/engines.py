@@ -2,7 +2,8 @@
 
     python -m tools.bench.engines [--quick] [--json PATH] [--data DIR]
 
-Runs in the vLLM environment (`make vllm`; then `.venv-vllm/bin/python -m tools.bench.engines`). The same DeepScaleR
+Runs in the vLLM environment: `make vllm`, then `OMP_NUM_THREADS=1 .venv-vllm/bin/python -m tools.bench.engines` on two
+idle cores, about 12 minutes; the second core is for the selection of targets beside the engine. The same DeepScaleR
 problems and seeds for both engines, one after the other in each round; medians and ratios count. The divergences are
 between full-vocabulary distributions of the same tokens, and answer whether scoring with the inference engine is
 harmless: compare what the engines differ by with what one engine differs by between bfloat16 and float32.
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from logitcache.codecs.fidelity import kl_nats
 from logitcache.embedded import embedded_teacher_dir
 from logitcache.problems import load_problems
 from logitcache.prompts import PromptStyle, render_prompts
@@ -58,7 +60,7 @@ def main() -> None:
     size = (
         Size(problems=16, window=16, rounds=1, compared=4)
         if chosen.quick
-        else Size(problems=256, window=128, rounds=3, compared=32)
+        else Size(problems=256, window=64, rounds=3, compared=32)
     )
     version = require_vllm()
     model_dir = embedded_teacher_dir()
@@ -66,6 +68,8 @@ def main() -> None:
     prompts = render_prompts(load_tokenizer(model_dir), problems, PromptStyle())
     sampling = Sampling(max_new_tokens=size.window)
     ours, theirs = load_engine(model_dir), load_vllm_engine(model_dir)
+    ours.generate(prompts[:4], sampling)
+    theirs.generate_scored(prompts[:4], sampling, TOP_64)
     figures: dict[str, Any] = _rates(ours, theirs, prompts, sampling, size.rounds)
     sample = theirs.generate(prompts[: size.compared], sampling)
     figures |= _scoring_rates(ours, theirs, sample, size.rounds)
@@ -108,6 +112,7 @@ def _rates(
     for _ in range(rounds):
         for name, way in ways.items():
             spent, sequences = _timed(way)
+            print(f"{name}: {spent:.1f} s", flush=True)
             seconds[name].append(spent)
             rates[name].append(sum(s.completion_tokens for s in sequences) / spent)
     return {
@@ -133,7 +138,7 @@ def _scoring_rates(ours: HFEngine, theirs: VLLMEngine, sample: list[TokenSequenc
 def _divergences(
     vllm_bf16: list[np.ndarray], ours: HFEngine, model_dir: Path, sample: list[TokenSequence]
 ) -> dict[str, dict[str, float]]:
-    """KL(first, second) per token over the completion rows: mean and 99th percentile."""
+    """KL(first, second) per token over the completion rows, and its reverse."""
     transformers_bf16 = _log_probs(ours, sample)
     exact = _log_probs(load_engine(model_dir, dtype="float32"), sample)
     return {
@@ -153,9 +158,11 @@ def _log_probs(engine: Scorer, sample: Sequence[TokenSequence]) -> list[np.ndarr
 
 
 def _kl(first: list[np.ndarray], second: list[np.ndarray]) -> dict[str, float]:
-    pairs = [(p.astype(np.float64), q.astype(np.float64)) for p, q in zip(first, second, strict=True)]
-    rows = np.concatenate([(np.exp(p) * (p - q)).sum(axis=-1) for p, q in pairs])
-    return {"mean": float(rows.mean()), "p99": float(np.quantile(rows, 0.99))}
+    rows, reverse = (
+        np.concatenate([kl_nats(p, q) for p, q in zip(a, b, strict=True)])
+        for a, b in ((first, second), (second, first))
+    )
+    return {"mean": float(rows.mean()), "p99": float(np.quantile(rows, 0.99)), "reverse_mean": float(reverse.mean())}
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +21,11 @@ from logitcache.records import (
     FinishReason,
     FullVocabTargets,
     HiddenStateTargets,
-    Origin,
     SampledTargets,
     TokenSequence,
     TopKTargets,
 )
 from logitcache.scorers.hf import HFEngine, load_engine, load_tokenizer
-from logitcache.scorers.select import TorchHead, targets_of
 from logitcache.scorers.vllm_engine import VLLMEngine
 from logitcache.scoring import FullVocabRequest, HiddenStateRequest, Prompt, SampledRequest, Sampling, TopKRequest
 
@@ -145,7 +145,8 @@ def test_targets_agree_with_the_reference(
         assert isinstance(sampled, SampledTargets)
         truth = reference_log_probs(tiny_dir, sequence)
         if kind.dtype == "float32":
-            assert np.abs(full.log_probs - truth).max() < 5e-5  # some ulps of log-probabilities down to -30
+            # Some ulps of log-probabilities down to -30; vLLM's own kernels sum in another order.
+            assert np.abs(full.log_probs - truth).max() < (5e-5 if kind.name == "vllm" else 2e-5)
         else:  # rounding every activation moves single logits by tenths; the distribution as a whole hardly moves
             assert (np.exp(truth) * (truth - full.log_probs)).sum(axis=-1).mean() < 0.02
         rows = np.arange(len(truth))
@@ -172,22 +173,6 @@ def test_kept_mass_and_tail_make_one(engine: Engine, rollouts: list[TokenSequenc
         assert set(np.diff(fixed.row_splits)) == {9}
         assert np.exp(threshold.log_probs).min() >= 1e-4 or np.diff(threshold.row_splits).min() == 1
         assert np.exp(nucleus.tail_log_mass).max() <= 0.5 + 1e-6
-
-
-def test_a_peaked_row_keeps_as_many_entries_as_any_other() -> None:
-    """Its float32 probabilities sum to one after a few entries, and the rest still count."""
-    head = TorchHead(weight=torch.arange(100.0)[:, None], bias=None, soft_cap=None, scale=1.0)
-    sequence = TokenSequence(
-        token_ids=np.array([1, 2], np.int32),
-        prompt_tokens=1,
-        origin=Origin.CORPUS,
-        sample_id="s",
-        problem_id="p",
-        finish_reason=FinishReason.GIVEN,
-    )
-    (targets,) = targets_of(sequence, torch.tensor([[5.0]]), head, "h", [TopKRequest(max_k=9)], 4)
-    assert isinstance(targets, TopKTargets)
-    assert targets.ids.tolist() == list(range(91, 100))
 
 
 def test_scoring_twice_gives_the_same_bytes(engine: Engine, rollouts: list[TokenSequence]) -> None:
@@ -246,3 +231,23 @@ def test_a_model_that_is_not_there_or_not_loadable(tmp_path: Path, tiny_dir: Pat
         resolve_model("nobody/has-this-model")
     with pytest.raises(UserError, match="bfloat16 or float32: got int3"):
         load_engine(tiny_dir, dtype="int3")
+
+
+def test_a_model_too_large_for_memory_is_one_line(embedded_dir: Path) -> None:
+    """A process of its own, which may map 100 MB more than it has: the model needs 540."""
+    code = """
+import resource, sys
+from pathlib import Path
+from logitcache.errors import UserError
+from logitcache.scorers.hf import load_engine
+import transformers.models.llama.modeling_llama
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, resource.RLIM_INFINITY))
+try:
+    load_engine(Path(sys.argv[1]), dtype="float32")
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(embedded_dir)], capture_output=True, text=True, check=False)
+    assert "cannot be loaded" in done.stdout, done.stderr
+    assert "check the directory and the memory it needs" in done.stdout
