@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from logitcache.append import all_units
 from logitcache.cluster import RayCluster
 from logitcache.console import Progress, answer, run_command
 from logitcache.errors import UserError
@@ -81,7 +82,9 @@ def prepare(request: Annotated[PrepareRequest, Flat], *, json: bool = False) -> 
 
 
 @app.command
-def score(url: str, /, *, targets: str, teacher: str = "embedded", json: bool = False) -> None:
+def score(
+    url: str, /, *, targets: str, teacher: str = "embedded", compare_engines: bool = True, json: bool = False
+) -> None:
     """Add a tier to a cache by scoring the sequences that are there.
 
     Costs one scoring of every completion by the teacher, and no generation. Interrupted, the same command goes on.
@@ -92,9 +95,10 @@ def score(url: str, /, *, targets: str, teacher: str = "embedded", json: bool = 
         url: the cache.
         targets: the tiers to add, as for `build`.
         teacher: the model that built the cache; `embedded` is SmolLM2-135M-Instruct.
+        compare_engines: as for `build`.
         json: print one JSON object.
     """
-    scored = score_cache(url, teacher=teacher, targets=targets)
+    scored = score_cache(url, teacher=teacher, targets=targets, compare_engines=compare_engines)
     answer(scored, cache_summary(scored), as_json=json)
 
 
@@ -170,8 +174,7 @@ def merge(sources: list[str], /, *, out: str, json: bool = False) -> None:
 
     with Progress("merge", 1, "parts") as progress:
         store = gather(sources, out, progress=progress.reach)
-    wanted = store.identity["problems"]
-    units = -(-wanted["count"] // wanted["per_unit"])
+    units = len(all_units(store))
     if len(store.committed().sequences) == units:
         store.seal(units=units)
     merged = describe(out)
@@ -232,6 +235,7 @@ def cache_summary(found: dict[str, Any]) -> str:
     lines = [
         f"{'sealed' if found['sealed'] else 'unsealed'} cache of {teacher['name']} ({teacher['dtype']}), "
         f"vocabulary {teacher['vocab_size']:,}",
+        " + ".join(f"{item['count']:,}" for item in [found["problems"], *found["appended"]]) + " problems",
         f"{found['sequences']:,} sequences, {found['tokens']:,} tokens, {found['completion_tokens']:,} of completions",
         f"{spent['generate'] / 1e12:.2f} TFLOPs to generate, {spent['score'] / 1e12:.2f} to score",
         f"{'targets':10}{'MB':>10}{'bytes/token':>14}{'mean KL, nats':>16}{'p99':>12}",
@@ -240,6 +244,12 @@ def cache_summary(found: dict[str, Any]) -> str:
         kl = tier["kl_nats"] or {"mean": float("nan"), "p99": float("nan")}
         per_token = tier["bytes_per_token"] or float("nan")
         lines.append(f"{name:10}{tier['bytes'] / 1e6:10.2f}{per_token:14.1f}{kl['mean']:16.2e}{kl['p99']:12.2e}")
+        if tier["units"] < found["units"]:
+            lines.append(f"{'':10}{tier['units']:,} of {found['units']:,} units with sequences have it")
+        if (engine := tier["engine_kl_nats"]) is not None:
+            forward, reverse = engine["forward"], engine["reverse"]
+            told = f"{forward['mean']:.2e} nats, reverse {reverse['mean']:.2e} ({forward['samples']} tokens)"
+            lines.append(f"{'':10}KL(transformers in float32, the scoring engine): {told}")
     return "\n".join(lines)
 
 

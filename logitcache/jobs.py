@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from logitcache import flops
+from logitcache.append import all_units, append_problems, open_first, open_to_append
 from logitcache.build import Build, Unit, cut_into_units, missing_units, require_same_tiers, share_of
 from logitcache.cluster import RayCluster, build_on_ray
 from logitcache.codecs import TargetSpec, parse_targets
@@ -29,7 +31,7 @@ from logitcache.problems import Problem, load_problems, problems_digest
 from logitcache.prompts import PromptStyle, prompts_identity, render_prompts
 from logitcache.scorers.choose import EngineName, Served, load_teacher, parse_engine, teacher_identity
 from logitcache.scoring import DTYPES, Sampling
-from logitcache.store import Store, create, open_cache, open_store
+from logitcache.store import Store, open_cache, open_store
 from logitcache.store.place import redact
 
 
@@ -47,6 +49,9 @@ class BuildRequest:
         problems_per_unit: problems in one part of the cache; a killed build repeats at most one part.
         generator: the engine that writes: transformers, vllm, or a server's `http://host:port#model`.
         scorer: the engine that scores, likewise; a server cannot score for a cache, as it shows no hidden states.
+        append: add the problems that the cache at `out` lacks to those it has; all else must be as it was built.
+        compare_engines: where the scorer is not transformers, measure on the first unit how far its distributions are
+            from those of transformers in float32, for the manifest. Loads the teacher once more, on the CPU.
     """
 
     problems: str
@@ -58,6 +63,8 @@ class BuildRequest:
     problems_per_unit: int = 64
     generator: str = "transformers"
     scorer: str = "transformers"
+    append: bool = False
+    compare_engines: bool = True
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, f"--dtype, {' or '.join(DTYPES)}", self.dtype)
@@ -101,10 +108,13 @@ def build_cache(
     from logitcache.scorers.hf import load_tokenizer
 
     tokenizer = load_tokenizer(model_dir)
-    store = create(request.out, _identity(request, model_dir, tokenizer, problems, sampling, style))
-    units = cut_into_units(render_prompts(tokenizer, problems, style), request.problems_per_unit)
+    identity = _identity(request, model_dir, tokenizer, problems, sampling, style)
+    store = (open_to_append if request.append else open_first)(request.out, identity)
     require_same_tiers(store, specs)
-    tiers = [spec.kind for spec in specs]
+    tiers, first = [spec.kind for spec in specs], 0
+    if request.append:
+        problems, first = append_problems(store, problems, tiers)
+    units = cut_into_units(render_prompts(tokenizer, problems, style), request.problems_per_unit, first=first)
     share = missing_units(store.committed(), share_of(units, worker, workers), tiers)
     if share:
         job = _Job(
@@ -116,14 +126,16 @@ def build_cache(
             units=units,
             specs=specs,
             sampling=sampling,
+            compare_engines=request.compare_engines,
         )
         _run(job, share, request.out, cluster)
-    if not missing_units(store.committed(), units, tiers):
-        store.seal(units=len(units))
+    everything = all_units(store)
+    if not missing_units(store.committed(), everything, tiers):
+        store.seal(units=len(everything))
     return describe(request.out)
 
 
-def score_cache(url: str, *, teacher: str, targets: str) -> dict[str, Any]:
+def score_cache(url: str, *, teacher: str, targets: str, compare_engines: bool = True) -> dict[str, Any]:
     """Add tiers to a cache by scoring what is there, without generating again; see `logitcache score --help`.
 
     Returns:
@@ -154,6 +166,7 @@ def score_cache(url: str, *, teacher: str, targets: str) -> dict[str, Any]:
             units=units,
             specs=specs,
             sampling=Sampling(**store.identity["sampling"]),
+            compare_engines=compare_engines,
         )
         sequences = len(open_cache(url, targets=None, committed=True))
         note(f"{len(share)} of {len(units)} units to score, {sequences} sequences, in {url}")
@@ -165,17 +178,27 @@ def score_cache(url: str, *, teacher: str, targets: str) -> dict[str, Any]:
 
 def describe(url: str) -> dict[str, Any]:
     """What a cache holds, as `logitcache info --json` prints it. Raises UserError where there is none."""
-    from logitcache.store.commits import read_manifest
+    from logitcache.store.commits import list_committed, read_manifest
     from logitcache.store.place import open_place
 
-    sealed = read_manifest(open_place(url)) is not None
+    place = open_place(url)
+    sealed = read_manifest(place) is not None
     reader = open_cache(url, targets=None, committed=not sealed)
     manifest, identity = reader.manifest, reader.identity
+    units, tiers = dict.fromkeys(manifest.tiers, len(manifest.units)), manifest.tiers
+    if not sealed:
+        partial_tiers = {
+            name: open_cache(url, targets=name, committed=True).manifest for name in list_committed(place).targets
+        }
+        units = {name: len(found.units) for name, found in partial_tiers.items()}
+        tiers = {name: found.tiers[name] for name, found in partial_tiers.items()}
     return {
         "format_version": 1,
         "sealed": sealed,
         "digest": manifest.digest,
         **{name: identity[name] for name in ("teacher", "tokenizer", "prompts", "problems", "sampling")},
+        "appended": [asdict(item) for item in manifest.appended],
+        "units": len(manifest.units),
         "sequences": len(reader),
         "tokens": manifest.totals["tokens"],
         "completion_tokens": manifest.totals["completion_tokens"],
@@ -183,12 +206,14 @@ def describe(url: str) -> dict[str, Any]:
         "targets": {
             name: {
                 "codec": tier.kind,
+                "units": units[name],
                 "bytes": tier.nbytes,
                 "shared_bytes": tier.shared_nbytes,
                 "bytes_per_token": tier.bytes_per_token,
                 "kl_nats": tier.kl_nats,
+                "engine_kl_nats": tier.engine_kl_nats,
             }
-            for name, tier in manifest.tiers.items()
+            for name, tier in tiers.items()
         },
     }
 
@@ -205,9 +230,13 @@ class _Job:
     units: Sequence[Unit]
     specs: Sequence[TargetSpec]
     sampling: Sampling
+    compare_engines: bool
 
     def __call__(self, on_sequences: Callable[[int], None]) -> Build:
+        from logitcache.scorers.compare import compare_with_reference
+
         generator, scorer = self.engines
+        compare = partial(compare_with_reference, self.model_dir)
         engine = load_teacher(generator, scorer, self.model_dir, dtype=self.dtype, on_sequences=on_sequences)
         return Build(
             engine=engine,
@@ -216,6 +245,7 @@ class _Job:
             units=self.units,
             specs=self.specs,
             sampling=self.sampling,
+            compare=compare if self.compare_engines and scorer != "transformers" else None,
         )
 
 

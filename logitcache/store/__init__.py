@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from logitcache.store.appended import AppendedSet
 from logitcache.store.check import Damage
 from logitcache.store.commits import Committed
 from logitcache.store.disk_cache import DiskCache
@@ -17,6 +18,7 @@ from logitcache.store.verify import Report, verify
 from logitcache.store.writer import Store
 
 __all__ = [
+    "AppendedSet",
     "Committed",
     "Damage",
     "DiskCache",

@@ -13,6 +13,7 @@ import numpy as np
 
 from logitcache.errors import DamagedError
 from logitcache.store import layout
+from logitcache.store.appended import read_appended
 from logitcache.store.commits import Committed, read_identity, read_manifest
 from logitcache.store.envelope import digest_of
 from logitcache.store.fetch import Rows, fetch_objects, fetch_ranges, fetch_rows
@@ -81,6 +82,22 @@ class Check:
             return
         for name, data in ({} if known is None else root_groups(known)).items():
             self._constant(name, data)
+
+    def appended(self, manifest: Manifest | None) -> None:
+        """The appended problem sets: those of the manifest, whose bytes are known, and what follows them."""
+        known = () if manifest is None else manifest.appended
+        identity = root_identity(self.place) if manifest is None else manifest.identity
+        for number, item in enumerate(known, 1):
+            self._constant(layout.appended_set(number), item.data(str(identity)))
+        there = sum(name.startswith(f"{layout.APPENDED}/") for name in self.sizes)
+        for number in range(len(known) + 1, there + 1):
+            self.objects += 1
+            name = layout.appended_set(number)
+            try:
+                if read_appended(self.place, str(identity), number) is None:
+                    self._add(name, "it is missing", name)
+            except DamagedError as error:
+                self._add(name, error.found, name)
 
     def _stated_identity(self) -> str | None:
         """The digest of a sound `identity.json`."""

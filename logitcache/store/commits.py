@@ -14,6 +14,7 @@ import numpy as np
 
 from logitcache.errors import IdentityError, UserError
 from logitcache.store import layout
+from logitcache.store.appended import all_appended
 from logitcache.store.fetch import fetch_envelope, fetch_ranges
 from logitcache.store.manifest import Manifest, RecordColumn, TierSummary
 from logitcache.store.part import Record
@@ -94,6 +95,7 @@ def consolidate(place: Place, committed: Committed, units: Sequence[str], tiers:
     phases = sorted({phase for spent in flops for phase in spent})
     return Manifest(
         identity=identity,
+        appended=all_appended(place, identity),
         units=tuple(units),
         records=sequence_records,
         tiers=summaries,
@@ -122,9 +124,12 @@ def _summary(
     if found is None:
         raise layout.damaged(place.shown, layout.tier_record(tier), "it is missing")
     objects, samples, rows, nbytes = [], [], 0, 0
+    engine: dict[str, list[float]] = {}
     for record, item in _records(place, committed, [layout.targets_part(tier, unit) for unit in units]):
         objects.append(item)
         samples.extend(record.facts.get("kl_nats", ()))
+        for direction, values in record.facts.get("engine_kl_nats", {}).items():
+            engine.setdefault(direction, []).extend(values)
         flops.append(record.facts.get("flops", {}))
         rows += record.counts["rows"]
         nbytes += item.size + sum(part.size for part in record.all_objects.values())
@@ -135,6 +140,7 @@ def _summary(
         shared_nbytes=sum(part.size for part in found.shared.all_objects.values()),
         rows=rows,
         kl_nats=pooled(samples),
+        engine_kl_nats={direction: pooled(values) for direction, values in engine.items()} or None,
         records=RecordColumn.of(objects),
     )
 

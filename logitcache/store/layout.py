@@ -1,6 +1,7 @@
 """Names in a cache: which object lies where (docs/format.md, section 2), and the errors that speak of them.
 
 zarr.json  identity.json  manifest.json
+appended/<number>.json
 sequences/<unit>/record.json samples.parquet token_ids/ offsets/
 targets/<tier>/tier.json shared/<array>/
 targets/<tier>/<unit>/record.json row_offsets/ [entry_offsets/] <array>/...
@@ -17,6 +18,7 @@ ROOT = "zarr.json"
 IDENTITY = "identity.json"
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+APPENDED = "appended"
 SEQUENCES = "sequences"
 TARGETS = "targets"
 SHARED = "shared"
@@ -31,6 +33,11 @@ def check_name(what: str, name: str) -> str:
     if not _NAME.fullmatch(name) or name == SHARED or ".." in name:
         raise UserError(f"a name for {what}", f"got {name!r}", "use 1 to 64 letters, digits, '_', '.' or '-'")
     return name
+
+
+def appended_set(number: int) -> str:
+    """The object of an appended problem set; the first has number 1."""
+    return f"{APPENDED}/{number:08d}.json"
 
 
 def sequences_part(unit: str) -> str:

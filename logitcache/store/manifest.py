@@ -7,7 +7,7 @@ part is checked again against the part's record when that is read. Its digest na
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from logitcache.errors import UserError
 from logitcache.store import layout
+from logitcache.store.appended import AppendedSet
 from logitcache.store.envelope import Sealed, seal
 from logitcache.store.samples import offsets_of
 from logitcache.store.stored_array import StoredObject, pack, unpack
@@ -70,6 +71,8 @@ class TierSummary:
         rows: target rows.
         kl_nats: mean and p99 of KL(teacher, decoded) over the sample the build measured, and the sample's size; None
             if nothing was measured.
+        engine_kl_nats: the same of KL(reference engine, scoring engine), `forward`, and its `reverse`; None if it was
+            not measured.
         records: of its parts, in the order of the units.
     """
 
@@ -80,6 +83,7 @@ class TierSummary:
     rows: int
     kl_nats: Mapping[str, float] | None
     records: RecordColumn
+    engine_kl_nats: Mapping[str, Mapping[str, float] | None] | None = None
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -95,6 +99,7 @@ class TierSummary:
             "shared_bytes": self.shared_nbytes,
             "rows": self.rows,
             "kl_nats": None if self.kl_nats is None else dict(self.kl_nats),
+            **({} if self.engine_kl_nats is None else {"engine_kl_nats": dict(self.engine_kl_nats)}),
             **self.records.to_json(),
         }
 
@@ -108,6 +113,7 @@ class TierSummary:
             shared_nbytes=int(value["shared_bytes"]),
             rows=int(value["rows"]),
             kl_nats=value["kl_nats"],
+            engine_kl_nats=value.get("engine_kl_nats"),
             records=RecordColumn.from_json(value, parts),
         )
 
@@ -123,6 +129,7 @@ class Manifest:
         records: of the sequence parts.
         tiers: by name.
         flops: floating-point operations spent, by phase.
+        appended: problem sets that were appended to the identity's.
         digest: SHA-256 of the manifest's body; None for the parts of a cache that is not sealed.
     """
 
@@ -134,6 +141,7 @@ class Manifest:
     records: RecordColumn
     tiers: Mapping[str, TierSummary]
     flops: Mapping[str, float]
+    appended: tuple[AppendedSet, ...] = ()
     digest: str | None = None
 
     @cached_property
@@ -148,6 +156,7 @@ class Manifest:
             "identity": self.identity,
             "flops": dict(self.flops),
             "totals": self.totals,
+            **({"appended": [asdict(item) for item in self.appended]} if self.appended else {}),
             "parts": {
                 "units": list(self.units),
                 "sequences": pack(self.sequences),
@@ -193,6 +202,7 @@ class Manifest:
                 for name, tier in body["tiers"].items()
             },
             flops=dict(body["flops"]),
+            appended=tuple(AppendedSet.from_json(item) for item in body.get("appended", ())),
             digest=sealed.digest,
             **columns,
         )

@@ -12,6 +12,7 @@ from typing import Any
 from logitcache.codecs import codec_from_config
 from logitcache.errors import IdentityError, UserError
 from logitcache.store import layout
+from logitcache.store.appended import all_appended, append_set
 from logitcache.store.commits import list_committed, read_identity
 from logitcache.store.envelope import digest_of
 from logitcache.store.fetch import fetch_objects
@@ -54,6 +55,10 @@ def merge(
             asked = f"merge {places[0].shown} and {place.shown}"
             raise IdentityError(asked, "they were built with other settings", "merge caches of one build")
     store = create(into, identities[0], storage_options=storage_options, codec_factory=codec_factory)
+    digest = digest_of(identities[0])
+    for place in places:
+        for number, item in enumerate(all_appended(place, digest), 1):
+            append_set(store.place, digest, number, item)
     work = [(place, group) for place in places for group in _groups(store.place, place)]
     for done, (place, group) in enumerate(work, 1):
         _copy_part(place, store.place, group)

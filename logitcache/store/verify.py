@@ -72,6 +72,7 @@ def verify(
     check = Check(place=place, deep=deep, sizes=dict(place.sizes("")))
     manifest = check.manifest()
     check.identity(manifest)
+    check.appended(manifest)
     groups = list(check.groups(manifest, list_committed(place)))
     for done, (group, expected) in enumerate(groups, 1):
         check.part(group, expected)

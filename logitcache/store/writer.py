@@ -18,8 +18,9 @@ from logitcache.codecs.codec import Codec
 from logitcache.errors import IdentityError, UserError
 from logitcache.records import TeacherTargets, TokenSequence
 from logitcache.store import layout
+from logitcache.store.appended import AppendedSet, all_appended, append_set
 from logitcache.store.commits import Committed, consolidate, list_committed
-from logitcache.store.envelope import canonical
+from logitcache.store.envelope import canonical, digest_of
 from logitcache.store.fetch import Rows, fetch_objects, fetch_rows
 from logitcache.store.manifest import Manifest
 from logitcache.store.part import (
@@ -31,6 +32,7 @@ from logitcache.store.part import (
 )
 from logitcache.store.part_index import read_record
 from logitcache.store.place import Place
+from logitcache.store.reader import Reader
 from logitcache.store.samples import Samples
 from logitcache.store.tiers import CodecFactory, Tier, check_codec, list_tiers, read_tier, write_tier
 
@@ -78,6 +80,25 @@ class Store:
             samples.sequence(b, tokens[bounds[b] : bounds[b + 1]], int(samples.prompt_tokens[b]))
             for b in range(len(samples))
         ]
+
+    def problem_ids(self, units: Sequence[str]) -> list[str]:
+        """The problem of each sequence of these committed units, in order. Raises DamagedError."""
+        manifest = consolidate(self.place, self.committed(), units, [])
+        reader = Reader(source=self.place, manifest=manifest, identity=self.identity, tier=None)
+        return list(reader.samples(["problem_id"])["problem_id"].to_pylist())
+
+    def appended(self) -> tuple[AppendedSet, ...]:
+        """The problem sets that were appended after the identity's. Raises DamagedError."""
+        return all_appended(self.place, digest_of(self.identity))
+
+    def append(self, wanted: AppendedSet) -> None:
+        """Append a problem set after the last one; the same again does nothing.
+
+        Raises:
+            IdentityError: another worker appended another set at this moment.
+        """
+        before = [item for item in self.appended() if item.first_unit < wanted.first_unit]
+        append_set(self.place, digest_of(self.identity), len(before) + 1, wanted)
 
     def tiers(self) -> list[str]:
         """Names of the committed tiers."""
@@ -143,7 +164,7 @@ class Store:
         """Publish the manifest of everything committed, replacing an earlier one.
 
         Args:
-            units: how many there must be; None for all that are committed.
+            units: how many there must be; None for all that are committed, appended sets whole.
             tiers: which to publish; None for all. Each must have every unit.
 
         Raises:
@@ -151,6 +172,8 @@ class Store:
         """
         committed = list_committed(self.place)
         chosen = sorted(committed.targets) if tiers is None else list(tiers)
+        if sets := self.appended():
+            units = sets[-1].first_unit + sets[-1].units
         _require_complete(self.place.shown, committed, units, chosen)
         manifest = consolidate(self.place, committed, committed.sequences, chosen)
         self.place.delete(layout.PARTIAL)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -288,3 +289,112 @@ def test_there_is_progress_with_a_rate_on_a_plain_stream(whole: Path, tiny_dir: 
     )
     assert "20/20" in done.stderr
     assert "sequences/s" in done.stderr
+
+
+MORE = [{"id": f"q{n}", "problem": f"What is {n} times {n + 3}?", "answer": str(n * (n + 3))} for n in range(5)]
+
+
+@pytest.fixture(scope="module")
+def more(problems: Path) -> Path:
+    """A set that holds all of the first and five problems more."""
+    file = problems.parent / "more.jsonl"
+    file.write_text("".join(json.dumps(problem) + "\n" for problem in [*PROBLEMS, *MORE]))
+    return file
+
+
+@pytest.fixture(scope="module")
+def appended(whole: Path, tiny_dir: Path, more: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole cache, with the five problems appended."""
+    copy = shutil.copytree(whole, tmp_path_factory.mktemp("appended") / "cache")
+    done = finish(command(tiny_dir, copy, more, "--append", "--json"))
+    assert done.returncode == 0, done.stderr
+    assert "10 of 15 problems are there already, 5 are new" in done.stderr
+    assert [item["count"] for item in json.loads(done.stdout)["appended"]] == [5]
+    return copy
+
+
+def test_appended_problems_follow_the_first_and_change_no_part(whole: Path, appended: Path) -> None:
+    ids = [s.problem_id for s in open_cache(str(appended), targets=None).read_tokens(range(15))]
+    assert ids == [problem["id"] for problem in [*PROBLEMS, *MORE]]
+    before, after = content(whole), content(appended)
+    assert {name for name in before if after[name] != before[name]} == {"manifest.json"}
+    assert run("verify", str(appended), "--deep").returncode == 0
+
+
+def test_an_append_that_was_killed_ends_in_the_same_bytes(
+    appended: Path, whole: Path, tiny_dir: Path, problems: Path, more: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(whole, tmp_path / "cache")
+    for _ in range(2):
+        process = subprocess.Popen(command(tiny_dir, out, more, "--append"), stderr=subprocess.PIPE, text=True)
+        wait_for_part(out, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert finish(command(tiny_dir, out, problems)).returncode == 0  # the first set is whole, and stays
+    for worker in ("2/2", "1/2"):
+        assert finish(command(tiny_dir, out, more, "--append", "--worker", worker)).returncode == 0
+    assert content(out) == content(appended)
+    assert finish(command(tiny_dir, out, more, "--append")).returncode == 0  # nothing new
+    assert content(out) == content(appended)
+
+
+def test_an_append_is_refused_where_it_does_not_fit(
+    whole: Path, tiny_dir: Path, problems: Path, more: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(whole, tmp_path / "cache")
+    for options, found in (
+        ((), "identity.problems.count: 10 there, 15 asked; add --append"),
+        (("--append", "--seed", "6"), "identity.sampling.seed: 5 there, 6 asked"),
+        (("--append", "--targets", "hidden"), "it has hidden, topk"),
+    ):
+        arguments = command(tiny_dir, copy, more)
+        for name, value in zip(options[1::2], options[2::2], strict=True):
+            arguments[arguments.index(name) + 1] = value
+        refused = finish([*arguments, *options[:1]])
+        assert refused.returncode == 2
+        assert found in refused.stderr
+        assert content(copy) == content(whole)
+    (copy / "sequences" / "00000003" / "record.json").unlink()
+    refused = finish(command(tiny_dir, copy, more, "--append"))
+    assert "1 of 4 units of earlier problems are missing" in refused.stderr
+
+
+@pytest.mark.parametrize("damage", [bytes.upper, None], ids=["flipped", "lost"])
+def test_a_damaged_set_is_restored(appended: Path, tmp_path: Path, damage: Callable[[bytes], bytes] | None) -> None:
+    copy = shutil.copytree(appended, tmp_path / "cache")
+    victim = copy / "appended" / "00000001.json"
+    if damage is None:
+        victim.unlink()
+    else:
+        victim.write_bytes(damage(victim.read_bytes()))
+    assert run("verify", str(copy), "--repair").returncode == 1
+    assert content(copy) == content(appended)
+
+
+def test_a_set_lost_before_sealing_is_made_again_by_its_own_command_only(
+    appended: Path, tiny_dir: Path, more: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(appended, tmp_path / "cache")
+    (copy / "appended" / "00000001.json").unlink()
+    (copy / "manifest.json").unlink()
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(problem) + "\n" for problem in MORE[:2]))
+    refused = finish(command(tiny_dir, copy, other, "--append"))
+    assert "run the command that appended those first" in refused.stderr
+    assert finish(command(tiny_dir, copy, more, "--append")).returncode == 0
+    assert content(copy) == content(appended)
+
+
+def test_merging_brings_appended_sets_along(appended: Path, whole: Path, tmp_path: Path) -> None:
+    assert run("merge", str(whole), str(appended), "--out", str(tmp_path / "merged")).returncode == 0
+    assert content(tmp_path / "merged") == content(appended)
+
+
+def test_info_shows_the_tiers_of_an_unsealed_cache(whole: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(whole, tmp_path / "cache")
+    (copy / "manifest.json").unlink()
+    (copy / "targets" / "topk" / "00000002" / "record.json").unlink()
+    found = json.loads(run("info", str(copy), "--json").stdout)
+    assert (found["sealed"], found["units"]) == (False, 4)
+    assert {name: tier["units"] for name, tier in found["targets"].items()} == {"topk": 3, "hidden": 4}
+    assert "3 of 4 units with sequences have it" in run("info", str(copy)).stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 from logitcache.store import verify
 from tests.logitcache.store.conftest import World
 
-GOLDEN = Path(__file__).parent / "golden" / "v1"
+GOLDEN = Path(__file__).parents[2] / "golden" / "v1"
 TINY = World(lengths=((3, 5), (1, 0), (2, 7)))
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -33,21 +32,21 @@ def test_create_never_replaces(tmp_path):
     assert [name for name, _ in place.sizes(".partial")] == []
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_disk_that_takes_no_more_is_an_error_and_leaves_nothing(tmp_path):
+    """The kernel itself refuses: a limit on file size fails a write half-way, as a full disk does."""
     place = LocalPlace(root=str(tmp_path))
     place.write({"x": b"old"})
-    write_bytes = Path.write_bytes
-
-    def full(path: Path, data: bytes) -> int:
-        write_bytes(path, data[:1])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match=r"No space left on device; make it writable or free some space"):
-        place.write({"x": b"new"})
-    monkeypatch.undo()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=r"File too large; make it writable or free some space"):
+            place.write({"x": bytes(5000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert place.read("x") == b"old"
     assert dict(place.sizes("")) == {"x": 3}
+    place.write({"x": bytes(5000)})
+    assert place.read("x") == bytes(5000)
 
 
 def test_ranges_are_exact_or_an_error(tmp_path):
