@@ -57,6 +57,9 @@ def distill(
     temperature: float = 1.0,
     top_p: float = 0.95,
     top_k: int = 20,
+    targets: str | None = None,
+    checkpoint_every: int = 100,
+    keep: int = 2,
     json: bool = False,
 ) -> None:
     """Train one student and measure it on held-out problems before and after.
@@ -65,12 +68,15 @@ def distill(
     itself is neither loaded nor looked for. On student prefixes it costs besides that the student's writing and the
     teacher's reading of what it wrote: two to four times as much in all, more the larger the teacher.
 
+    The same command with the same --out goes on from the newest checkpoint (or from the start, if there is none) and
+    ends as if it had never been killed; another configuration there is refused.
+
     Example: trainer distill runs/demo/cache --student runs/student --out runs/forward --steps 100
 
     Args:
-        cache: a cache with hidden states, as `logitcache build` makes it.
+        cache: a sealed cache, as `logitcache build` makes it.
         student: the model to start from, a transformers model id or directory with the teacher's tokenizer.
-        out: a new directory for the trained student, its metrics and its result.
+        out: a directory for the trained student, its metrics, checkpoints and result: new, or of this same run.
         prefix: who writes the text: teacher (the cache) or student (live).
         forward_weight: 1 is forward KL, 0 reverse KL, between them a linear mix.
         teacher: the model that built the cache, to score what the student writes; `--prefix student` needs it.
@@ -78,6 +84,10 @@ def distill(
         temperature: student prefixes: sampling temperature.
         top_p: student prefixes: nucleus.
         top_k: student prefixes: likeliest tokens to draw from.
+        targets: the tier to train from, by name or kind: hidden and full are exact, topk is coarse (and named so),
+            sampled serves forward KL alone. By default the first of these that the cache has.
+        checkpoint_every: steps between checkpoints, each three times the float32 weights in size.
+        keep: checkpoints that stay, the newest.
         json: print one JSON object.
     """
     from logitcache.identity import resolve_model
@@ -92,6 +102,9 @@ def distill(
         teacher=teacher,
         training=training,
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+        targets=targets,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
     )
     answer(result, _described(result), as_json=json)
 
@@ -109,12 +122,14 @@ def grid(
     top_p: float = 0.95,
     top_k: int = 20,
     students: int = 10,
+    mixes: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (1.0, 0.0),
+    targets: str | None = None,
     json: bool = False,
 ) -> None:
     """Train the four cells (teacher or student prefix, forward or reverse KL) from one start and report them.
 
-    Costs four times the steps of `distill`: two runs from the cache, two with the teacher in memory. The trained
-    students are measured and not kept.
+    Costs four times the steps of `distill`: two runs from the cache, two with the teacher in memory; with more --mixes,
+    two runs for each. The trained students are measured and not kept.
 
     Example: trainer grid runs/demo/cache --student runs/demo/student --teacher embedded --out runs/demo
 
@@ -128,6 +143,8 @@ def grid(
         top_p: student prefixes: nucleus.
         top_k: student prefixes: likeliest tokens to draw from.
         students: how many students share the cache, for the amortised cost.
+        mixes: forward weights to train with on either prefix, such as `--mixes 0 0.2 0.5 0.8 1`.
+        targets: the tier to train from, see `distill`. Measuring needs hidden states or full vocabularies.
         json: print one JSON object.
     """
     from logitcache.identity import resolve_model
@@ -142,19 +159,24 @@ def grid(
         training=training,
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
         students=students,
+        mixes=mixes,
+        targets=targets,
     )
     answer(report, table(report), as_json=json)
 
 
 def main() -> None:
     """Entry point."""
-    after = "metrics up to the last step stay; start again in another --out"
+    after = "run it again: distill goes on from its newest checkpoint; a grid starts again in another --out"
     raise SystemExit(run_command(app, after_interrupt=after))
 
 
 def _described(result: dict) -> str:
     held_out = result["held_out"]
-    lines = [f"{name}: {value['before']:.4f} -> {value['after']:.4f}" for name, value in held_out.items()]
+    lines = [
+        f"{name}: unknown" if value["before"] is None else f"{name}: {value['before']:.4f} -> {value['after']:.4f}"
+        for name, value in held_out.items()
+    ]
     flops = result["flops"]
     lines.append(f"FLOPs: {flops['marginal']:.4g} marginal, {flops['amortised']:.4g} with the whole build")
     return "\n".join([*lines, f"{result['tokens_per_s']:.0f} completion tokens/s, {result['seconds']:.1f} s"])

@@ -47,7 +47,10 @@ class FlopLedger:
     """Rows in the order they were added."""
 
     def __init__(self, rows: Iterable[FlopRow] = ()) -> None:
-        self._rows = list(rows)
+        self._rows: list[FlopRow] = []
+        self._totals = dict.fromkeys(Phase, 0)
+        for row in rows:
+            self._append(row)
 
     @property
     def rows(self) -> tuple[FlopRow, ...]:
@@ -58,18 +61,19 @@ class FlopLedger:
         """Append a row."""
         if flops < 0:
             raise ValueError(f"FLOPs of {phase}: got {flops}, expected 0 or more")
-        self._rows.append(FlopRow(step=step, phase=phase, flops=flops))
+        self._append(FlopRow(step=step, phase=phase, flops=flops))
+
+    def _append(self, row: FlopRow) -> None:
+        self._rows.append(row)
+        self._totals[row.phase] += row.flops
 
     def by_phase(self) -> dict[Phase, int]:
         """Totals, a phase without rows being 0."""
-        totals = dict.fromkeys(Phase, 0)
-        for row in self._rows:
-            totals[row.phase] += row.flops
-        return totals
+        return dict(self._totals)
 
     def marginal(self) -> int:
         """What this run cost, given that the store exists: every phase but evaluation."""
-        return sum(flops for phase, flops in self.by_phase().items() if phase is not Phase.EVALUATION)
+        return sum(flops for phase, flops in self._totals.items() if phase is not Phase.EVALUATION)
 
     def amortised(self, *, build_flops: int, students: int) -> int:
         """`marginal` plus this student's share of a build that `students` students train from, rounded up.
@@ -85,6 +89,14 @@ class FlopLedger:
     def to_json(self) -> list[dict[str, Any]]:
         """Rows as plain values."""
         return [asdict(row) for row in self._rows]
+
+    def state(self) -> dict[str, Any]:
+        """Its rows, as JSON values; a checkpoint's."""
+        return {"rows": [[row.step, str(row.phase), row.flops] for row in self._rows]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        FlopLedger.__init__(self, (FlopRow(step=s, phase=Phase(p), flops=f) for s, p, f in state["rows"]))
 
     @classmethod
     def from_json(cls, rows: Sequence[Mapping[str, Any]] | str) -> FlopLedger:

@@ -2,38 +2,46 @@
 
 Guarantees: float32 master weights; a step's loss is the mean over all its completion tokens however it is cut into
 micro-batches; a loss or gradient that is not finite stops the run before it touches the weights, naming the samples;
-every step is a line in `metrics.jsonl`. The loop draws no random numbers: its source does.
+every step is a line in `metrics.jsonl`. The loop draws no random numbers: its source does. With checkpoints, a run that
+was killed and is started again takes the same steps as one that never was, bit for bit on one machine.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import KLOutput
 from logitcache.errors import UserError
 from trainer.batch import Batch, teacher_head_flops
+from trainer.checkpoint import Checkpoints, Stateful
 from trainer.flops import FlopLedger, add_training
-from trainer.objectives import Objective, token_mean
+from trainer.objectives import Objective, field_sums, known, names_of, token_mean
 from trainer.prefixes import PrefixSource
 from trainer.runs import MetricsLog
 from trainer.settings import Optimisation
 from trainer.student import Student
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Trained:
     """What a run did: completion tokens and packed rows trained on, and seconds spent in steps."""
 
-    completion_tokens: int
-    rows: int
-    seconds: float
+    completion_tokens: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.completion_tokens, self.rows, self.seconds = state["completion_tokens"], state["rows"], state["seconds"]
 
 
 def distill(
@@ -44,30 +52,54 @@ def distill(
     optimisation: Optimisation,
     ledger: FlopLedger,
     metrics: MetricsLog,
+    checkpoints: Checkpoints | None = None,
+    stateful: Mapping[str, Stateful] | None = None,
     on_step: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Trained:
-    """Train `student` in place for `optimisation.steps` steps.
+    """Train `student` in place up to `optimisation.steps` steps, from the newest checkpoint if there is one.
+
+    Args:
+        student: the model that learns.
+        source: text and the teacher's distributions.
+        objective: the divergence.
+        optimisation: steps and the optimizer.
+        ledger: gets the FLOPs.
+        metrics: gets a line per step; emptied, or cut to the checkpoint's length.
+        checkpoints: where they go and are looked for; None writes none.
+        stateful: further parts whose state belongs into a checkpoint, by name.
+        on_step: told each line of metrics.
 
     Raises:
-        UserError: a loss or gradient that is not finite (before the step it would have spoiled).
+        UserError: a loss or gradient that is not finite (before the step it would have spoiled); a checkpoint that
+            cannot be read or written.
     """
     optimizer = torch.optim.AdamW(
         student.parameters, lr=0.0, betas=optimisation.betas, weight_decay=optimisation.weight_decay, fused=True
     )
-    total_tokens = total_rows = 0
-    started = time.perf_counter()
-    for step in range(optimisation.steps):
+    trained = Trained()
+    parts: dict[str, Stateful] = {
+        "source": source,
+        "ledger": ledger,
+        "metrics": metrics,
+        "trained": trained,
+        **(stateful or {}),
+    }
+    if checkpoints is None or checkpoints.latest() is None:
+        metrics.clear()
+    first = 0 if checkpoints is None else checkpoints.restore(student.model, optimizer, parts)
+    for step in range(first, optimisation.steps):
         step_started = time.perf_counter()
         batches = source.draw(step, ledger)
         drawn_s = time.perf_counter() - step_started
         step_rows = sum(batch.target_rows for batch in batches)
-        sums = torch.zeros(len(_FIELDS), dtype=torch.float64)
+        names = names_of(batches[0].targets)
+        sums = torch.zeros(1 + len(names), dtype=torch.float64)
         for batch in batches:
             out = objective(student.head_over(batch), batch.targets)
             loss = token_mean(out.loss, step_rows)
             _require_finite("the loss", loss, step, [batch])
             loss.backward()
-            sums += _sums(out)
+            sums += field_sums(out)
             add_training(ledger, student.shape, batch, teacher_head_flops=teacher_head_flops(batch), step=step)
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters, optimisation.max_grad_norm)
         _require_finite("the gradient", grad_norm, step, batches)
@@ -76,32 +108,29 @@ def distill(
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        total_tokens, total_rows = total_tokens + step_rows, total_rows + sum(batch.tokens for batch in batches)
-        means = dict(zip(_FIELDS, (sums / step_rows).tolist(), strict=True))
+        rows = sum(batch.tokens for batch in batches)
+        step_s = time.perf_counter() - step_started
+        trained.completion_tokens += step_rows
+        trained.rows += rows
+        trained.seconds += step_s
+        means = map(known, (sums / step_rows).tolist())
         line = {
             "step": step,
-            **{name: None if math.isnan(mean) else mean for name, mean in means.items()},
+            **dict(zip(("loss_nats", *names.values()), means, strict=True)),
             "grad_norm": float(grad_norm),
             "learning_rate": rate,
             "completion_tokens": step_rows,
-            "rows": sum(batch.tokens for batch in batches),
+            "rows": rows,
             "draw_s": drawn_s,
-            "step_s": time.perf_counter() - step_started,
+            "step_s": step_s,
             "flops": ledger.marginal(),
         }
         metrics.write(line)
         on_step(line)
-    return Trained(completion_tokens=total_tokens, rows=total_rows, seconds=time.perf_counter() - started)
-
-
-_FIELDS = ("loss_nats", "forward_kl_nats", "reverse_kl_nats", "student_entropy_nats", "teacher_entropy_nats")
-
-
-def _sums(out: KLOutput) -> Tensor:
-    """float64, one sum per field; NaN for a reverse KL that the targets say nothing of (null in the metrics)."""
-    reverse = torch.full_like(out.loss, math.nan) if out.reverse_kl is None else out.reverse_kl
-    fields = (out.loss, out.forward_kl, reverse, out.student_entropy, out.teacher_entropy)
-    return torch.stack([field.detach().double().sum() for field in fields]).cpu()
+        if checkpoints is not None and checkpoints.due(step + 1):
+            checkpoints.save(step + 1, student.model, optimizer, parts)
+    source.close()
+    return trained
 
 
 def _require_finite(what: str, value: Tensor, step: int, batches: list[Batch]) -> None:

@@ -6,16 +6,17 @@ else; targets that cannot give the divergence asked for are refused, never appro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import Tensor
 
 import kernels
 from kernels import DenseTargets, KLOutput, LinearHead, SampledTargets, Targets, TopKTargets
 from logitcache.errors import UserError
-
-Backend = Literal["reference", "chunked", "native", "triton"]
+from trainer.settings import Backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,48 @@ class Objective:
     @property
     def _how(self) -> dict[str, Any]:
         return {"temperature": self.temperature, "backend": self.backend}
+
+
+def require_served(objective: Objective, kind: str) -> None:
+    """Raise UserError unless a tier of this kind can give the divergence, before any work."""
+    if kind == "sampled" and objective.forward_weight != 1:
+        found = "a sampled tier, which says nothing of it"
+        raise UserError("reverse KL", found, "train from hidden states, or use forward weight 1")
+    if kind in ("topk", "sampled") and objective.temperature != 1:
+        found = f"a {kind} tier, which is kept at temperature 1"
+        raise UserError(f"--kl-temperature {objective.temperature}", found, "use hidden states, or temperature 1")
+
+
+def names_of(targets: Targets) -> dict[str, str]:
+    """What a divergence of these targets is called in metrics and results, by field of `KLOutput`.
+
+    Exact numbers have the plain names. Those from top-k targets end in `_coarse` (lower bounds), and those estimated
+    from samples in `_sampled`. Entropies are of full distributions whatever was kept.
+    """
+    match targets:
+        case LinearHead() | DenseTargets():
+            ending = ""
+        case TopKTargets():
+            ending = "_coarse"
+        case SampledTargets():
+            ending = "_sampled"
+    names = {name: f"{name}_nats{ending}" for name in ("forward_kl", "reverse_kl")}
+    return names | {name: f"{name}_nats" for name in ("student_entropy", "teacher_entropy")}
+
+
+def field_sums(out: KLOutput) -> Tensor:
+    """float64[5] on the CPU: sums over rows of loss, both divergences and both entropies.
+
+    NaN where something is not known: the reverse KL of samples, or an entropy that a server did not report.
+    """
+    reverse = torch.full_like(out.loss, math.nan) if out.reverse_kl is None else out.reverse_kl
+    fields = (out.loss, out.forward_kl, reverse, out.student_entropy, out.teacher_entropy)
+    return torch.stack([field.detach().double().sum() for field in fields]).cpu()
+
+
+def known(value: float) -> float | None:
+    """A mean, or None if any of what it is the mean of is not known."""
+    return None if math.isnan(value) else value
 
 
 def token_mean(loss_R: Tensor, step_rows: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Where training text comes from: written by the teacher and cached, or by the student and scored live.
 
 Guarantees: what a source yields is already scored, so the loop never knows which cell of the grid it runs; a source
-accounts its own FLOPs; randomness is a generator of its own, whose state can be saved and restored.
+accounts its own FLOPs; what it draws is a pure function of its seed and how often it drew, which is all its state.
 """
 
 from __future__ import annotations
@@ -14,21 +14,12 @@ import numpy as np
 import torch
 
 from logitcache.flops import ModelShape
+from logitcache.loader import Batches, Prefetch, SequenceReader, ShuffledOrder
 from logitcache.records import ScoredSequence, TokenSequence
 from logitcache.scoring import Generator, HiddenStateRequest, Prompt, Sampling, Scorer
 from trainer.batch import Batch, TeacherHead, collate, micro_batches
 from trainer.flops import FlopLedger, add_rollout, add_scoring
 from trainer.settings import BatchPlan
-
-
-class CacheReader(Protocol):
-    """What training needs of a cache; `logitcache.open_cache` returns one."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int], *, max_completion_tokens: int | None = None) -> list[ScoredSequence]:
-        """Sequences with their targets, cut to the window if one is given."""
-        ...
 
 
 class PrefixSource(Protocol):
@@ -50,79 +41,80 @@ class PrefixSource(Protocol):
         """Go on from there."""
         ...
 
-
-class ShuffledOrder:
-    """Numbers 0..count-1 in a new random order each time round."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self._random = np.random.default_rng(seed)
-        self._order = self._random.permutation(count)
-        self._next = 0
-
-    def take(self, many: int) -> list[int]:
-        """The next `many` numbers, across the end of a round where need be."""
-        taken: list[int] = []
-        while len(taken) < many:
-            if self._next == len(self._order):
-                self._order, self._next = self._random.permutation(len(self._order)), 0
-            part = self._order[self._next : self._next + many - len(taken)]
-            taken += part.tolist()
-            self._next += len(part)
-        return taken
-
-    def state(self) -> dict[str, Any]:
-        """Order, place in it and the generator, as JSON values."""
-        return {"order": self._order.tolist(), "next": self._next, "generator": self._random.bit_generator.state}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._order, self._next = np.array(state["order"], np.int64), state["next"]
-        self._random.bit_generator.state = state["generator"]
+    def close(self) -> None:
+        """Stop what runs in the background. A closed source can still go on."""
+        ...
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class CachedPrefixes:
     """The teacher's own text with its stored distributions; the teacher itself is not there.
 
-    Attributes:
-        reader: the cache; indices: which of its sequences to train on.
+    The next batches are read and decoded while the student trains. See `PrefixSource`.
+
+    Args:
+        reader: the cache.
+        indices: which of its sequences to train on.
         head: of hidden-state targets, or None for other kinds.
+        plan: how much text a step takes.
+        seed: of the order.
+        device: where batches go.
     """
 
-    reader: CacheReader
-    indices: Sequence[int]
-    head: TeacherHead | None
-    plan: BatchPlan
-    seed: int
-    device: torch.device
-    order: ShuffledOrder = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "order", ShuffledOrder(len(self.indices), self.seed))
+    def __init__(
+        self,
+        *,
+        reader: SequenceReader,
+        indices: Sequence[int],
+        head: TeacherHead | None,
+        plan: BatchPlan,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._batches = Batches(
+            reader=reader,
+            indices=indices,
+            sequences=plan.sequences,
+            seed=seed,
+            max_completion_tokens=plan.max_completion_tokens,
+        )
+        self._head, self._plan, self._device = head, plan, device
+        self._position = 0
+        self._ahead: Prefetch[list[ScoredSequence]] | None = None
 
     def draw(self, step: int, ledger: FlopLedger) -> list[Batch]:
         """See `PrefixSource.draw`. Costs no FLOPs of its own."""
-        indices = [self.indices[place] for place in self.order.take(self.plan.sequences)]
-        scored = self.reader.read(indices, max_completion_tokens=self.plan.max_completion_tokens)
-        return [collate(part, self.head, self.device) for part in micro_batches(scored, self.plan.micro_batch_tokens)]
+        if self._ahead is None:
+            self._ahead = Prefetch(self._batches.__getitem__, start=self._position)
+        scored = next(self._ahead)
+        self._position += 1
+        return [
+            collate(part, self._head, self._device) for part in micro_batches(scored, self._plan.micro_batch_tokens)
+        ]
 
     def state(self) -> dict[str, Any]:
         """See `PrefixSource.state`."""
-        return self.order.state()
+        return {"position": self._position}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See `PrefixSource.restore`."""
-        self.order.restore(state)
+        self.close()
+        self._position = state["position"]
+
+    def close(self) -> None:
+        """See `PrefixSource.close`."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class OnPolicyPrefixes:
     """The student's own text, written now and scored now by a teacher in memory.
 
     Attributes:
         generator: the student, as it is at this step; scorer: the teacher.
         prompts: of the training problems only.
-        sampling: how the student writes; its seed is replaced at every step by a draw from this source's generator.
+        sampling: how the student writes; its seed is replaced at every step by one drawn from `seed` and the step.
         head: the teacher's, on `device`.
     """
 
@@ -136,22 +128,23 @@ class OnPolicyPrefixes:
     teacher_shape: ModelShape
     seed: int
     device: torch.device
-    order: ShuffledOrder = field(init=False)
-    random: np.random.Generator = field(init=False)
+    _order: ShuffledOrder = field(init=False)
+    _drawn: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "order", ShuffledOrder(len(self.prompts), self.seed))
-        object.__setattr__(self, "random", np.random.default_rng([self.seed, 1]))
+        self._order = ShuffledOrder(count=len(self.prompts), seed=self.seed)
 
     def draw(self, step: int, ledger: FlopLedger) -> list[Batch]:
         """See `PrefixSource.draw`."""
-        prompts = [self.prompts[place] for place in self.order.take(self.plan.sequences)]
+        start = self._drawn * self.plan.sequences
+        prompts = [self.prompts[place] for place in self._order.at(range(start, start + self.plan.sequences))]
         sampling = replace(
             self.sampling,
             max_new_tokens=self.plan.max_completion_tokens,
             samples_per_problem=1,
-            seed=int(self.random.integers(2**63)),
+            seed=int(np.random.default_rng([self.seed, self._drawn]).integers(2**63)),
         )
+        self._drawn += 1
         rollouts = self.generator.generate(prompts, sampling)
         targets = self.scorer.score(rollouts, [HiddenStateRequest()])
         scored = [
@@ -165,12 +158,14 @@ class OnPolicyPrefixes:
 
     def state(self) -> dict[str, Any]:
         """See `PrefixSource.state`."""
-        return {"order": self.order.state(), "generator": self.random.bit_generator.state}
+        return {"drawn": self._drawn}
 
     def restore(self, state: dict[str, Any]) -> None:
         """See `PrefixSource.restore`."""
-        self.order.restore(state["order"])
-        self.random.bit_generator.state = state["generator"]
+        self._drawn = state["drawn"]
+
+    def close(self) -> None:
+        """See `PrefixSource.close`. There is nothing to stop."""
 
 
 def prompts_of(sequences: Sequence[TokenSequence]) -> list[Prompt]:

@@ -21,13 +21,13 @@ _PHASES = {
     "student_backward": "student backward",
     "head_reprojection": "head re-projection",
 }
-_COLOURS = ("#5b2a86", "#9a62c9", "#e07b39", "#2a6f97", "#61a5c2", "#8a8a8a")
+COLOURS = ("#5b2a86", "#9a62c9", "#e07b39", "#2a6f97", "#61a5c2", "#8a8a8a")
 
 
 def require_plotting() -> None:
-    """Raise UserError, before any work, if the plot could not be drawn."""
+    """Raise UserError, before any work, if no plot could be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("a plot of the grid", "matplotlib is not installed", "pip install 'logitcache[plots]'")
+        raise UserError("a report with a plot", "matplotlib is not installed", "pip install 'logitcache[plots]'")
 
 
 def write_report(report: Mapping[str, Any], out: Path) -> None:
@@ -39,10 +39,7 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
 
 def table(report: Mapping[str, Any]) -> str:
     """The grid for the screen."""
-    header, rows = cells_table(report)
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], "", *facts(report)])
+    return "\n".join([text_table(*cells_table(report)), "", *facts(report)])
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -63,7 +60,7 @@ def cells_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         held_out, flops = cell["held_out"], cell["flops"]
         row = [cell["prefix"], cell["divergence"]]
         row += [_change(held_out[f"{name}_nats"]) for name in ("forward_kl", "reverse_kl", "student_entropy")]
-        row += [_flop(flops["marginal"]), _flop(flops["amortised"])]
+        row += [flop_text(flops["marginal"]), flop_text(flops["amortised"])]
         rows.append([*row, f"{cell['tokens_per_s']:.0f}", f"{cell['seconds']:.1f}"])
     return header, rows
 
@@ -73,10 +70,12 @@ def _flops(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for cell in report["cells"]:
         by_phase = cell["flops"]["by_phase"]
-        rows.append([cell["prefix"], cell["divergence"], *(_flop(by_phase[name]) for name in [*_PHASES, "evaluation"])])
+        rows.append(
+            [cell["prefix"], cell["divergence"], *(flop_text(by_phase[name]) for name in [*_PHASES, "evaluation"])]
+        )
     build = report["cache"]["flops"]
     built = {"teacher_decode": build.get("generate", 0), "teacher_prefill": build.get("score", 0)}
-    rows.append(["cache", "(build)", *(_flop(built.get(name, 0)) for name in [*_PHASES, "evaluation"])])
+    rows.append(["cache", "(build)", *(flop_text(built.get(name, 0)) for name in [*_PHASES, "evaluation"])])
     return header, rows
 
 
@@ -88,9 +87,16 @@ def facts(report: Mapping[str, Any]) -> list[str]:
         f"tokens ({held_out['sequences']} sequences the teacher wrote); teacher entropy "
         f"{held_out['teacher_entropy_nats']:.3f}",
         f"cache: {cache['completion_tokens']} completion tokens by {cache['teacher']}, built with "
-        f"{_flop(sum(cache['flops'].values()))}; student: {report['student']['parameters'] / 1e6:.1f}M parameters",
+        f"{flop_text(sum(cache['flops'].values()))}; student: {report['student']['parameters'] / 1e6:.1f}M parameters",
         f"device: {report['device']}; commit {report['commit']}; {report['run_s']:.0f} s in all",
     ]
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the screen."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("  ".join(map(str.ljust, line, widths)) for line in lines)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -103,7 +109,8 @@ def _change(value: Mapping[str, float]) -> str:
     return f"{value['before']:.3f} -> {value['after']:.3f}"
 
 
-def _flop(flops: float) -> str:
+def flop_text(flops: float) -> str:
+    """FLOPs with the unit that fits."""
     for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if flops >= size:
             return f"{flops / size:.3g} {unit}"
@@ -112,15 +119,21 @@ def _flop(flops: float) -> str:
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Held-out divergences before and after, and FLOPs by phase with the cell's share of the build, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 4.2)
     divergences, costs = figure.subplots(1, 2)
     _draw_divergences(divergences, report)
     _draw_flops(costs, report)
     figure.savefig(path, dpi=120)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, which needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _labels(report: Mapping[str, Any]) -> list[str]:
@@ -129,7 +142,7 @@ def _labels(report: Mapping[str, Any]) -> list[str]:
 
 def _draw_divergences(axes: Any, report: Mapping[str, Any]) -> None:
     cells = report["cells"]
-    for offset, (name, colour) in enumerate((("forward_kl", _COLOURS[3]), ("reverse_kl", _COLOURS[2]))):
+    for offset, (name, colour) in enumerate((("forward_kl", COLOURS[3]), ("reverse_kl", COLOURS[2]))):
         values = [cell["held_out"][f"{name}_nats"] for cell in cells]
         places = [place + 0.4 * offset - 0.2 for place in range(len(cells))]
         title = name.replace("_kl", " KL")
@@ -147,7 +160,7 @@ def _draw_flops(axes: Any, report: Mapping[str, Any]) -> None:
     parts = [([cell["flops"]["by_phase"][key] for cell in cells], label) for key, label in _PHASES.items()]
     students = cells[0]["flops"]["amortised_over_students"]
     parts.append((shares, f"share of the build, 1/{students}"))
-    for (values, label), colour in zip(parts, (*_COLOURS, "#c9c9c9"), strict=True):
+    for (values, label), colour in zip(parts, (*COLOURS, "#c9c9c9"), strict=True):
         if any(values):
             heights = [value / 1e12 for value in values]
             axes.bar(range(len(cells)), heights, 0.6, bottom=bottoms, color=colour, label=label)

@@ -1,12 +1,13 @@
 """A run's directory: its configuration, written first, and its metrics, one JSON object a line.
 
 Guarantees: a run never writes into a place that holds something else; the configuration is there before step 0; every
-line of metrics that is there is whole up to the last.
+line of metrics that is there is whole up to the last; a run goes on only under the configuration it began with.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from logitcache.errors import UserError
+
+CONFIG = "config.json"
+PROVENANCE = ("versions", "device", "commit")
+"""Entries of a configuration that say where it was run, and decide nothing."""
 
 
 def new_run_dir(out: Path, *, may_hold: Sequence[str] = ()) -> Path:
@@ -38,22 +43,87 @@ def new_run_dir(out: Path, *, may_hold: Sequence[str] = ()) -> Path:
     return out
 
 
+def open_run(out: Path, config: Mapping[str, Any]) -> bool:
+    """Start a run in a new directory, or go on with the one that is there if it is this run.
+
+    Two configurations are the same run if they differ in nothing but where they were run (versions, device, commit).
+
+    Returns:
+        Whether it was there.
+
+    Raises:
+        UserError: something else is there, or a run of another configuration, naming the first difference.
+    """
+    file = out / CONFIG
+    if not file.exists():
+        new_run_dir(out)
+        write_json(file, config)
+        return False
+    try:
+        there = json.loads(file.read_text())
+        different = _difference(there, json.loads(json.dumps(config)))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"a run in {out}", f"its {CONFIG} is damaged ({error})", "choose another --out") from error
+    if different is not None:
+        raise UserError(f"go on with the run in {out}", f"it has another {different}", "choose another --out")
+    return True
+
+
+def _difference(there: Mapping[str, Any], asked: Mapping[str, Any], path: str = "") -> str | None:
+    """The first value that differs, with both; None if none does."""
+    for name in sorted(there.keys() | asked.keys()):
+        old, new = there.get(name), asked.get(name)
+        if not path and name in PROVENANCE:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            if inner := _difference(old, new, f"{path}{name}."):
+                return inner
+        elif old != new:
+            return f"{path}{name}: {json.dumps(old)} there, {json.dumps(new)} asked"
+    return None
+
+
+def sync(path: Path) -> None:
+    """Force a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Put a JSON object into a file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
+    sync(partial)
     partial.replace(path)
 
 
 class MetricsLog(AbstractContextManager["MetricsLog"]):
-    """`metrics.jsonl`, a line per step."""
+    """`metrics.jsonl`, a line per step. Its state is its length: restored, it forgets the lines after a checkpoint."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append a line; NaN and infinity, which are no JSON, are errors."""
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.write((json.dumps(values, allow_nan=False) + "\n").encode())
+
+    def state(self) -> dict[str, Any]:
+        """Its length, after everything before is on the disk."""
+        os.fsync(self._file.fileno())
+        return {"bytes": self._file.seek(0, os.SEEK_END)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Cut it to a length it had. Raises ValueError if it is shorter."""
+        if self._file.seek(0, os.SEEK_END) < state["bytes"]:
+            raise ValueError("the metrics are shorter than they were")
+        self._file.truncate(state["bytes"])
+
+    def clear(self) -> None:
+        """Forget all lines."""
+        self._file.truncate(0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

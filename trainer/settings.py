@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from logitcache.errors import UserError
+
+Backend = Literal["reference", "chunked", "native", "triton"]
+"""Of `kernels`, see `kernels.api`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +82,7 @@ class Training:
         held_out_share: of the problems, chosen by a hash of their id.
         held_out_sequences: how many of those to measure on, at most.
         seed: of order and sampling.
+        backend: that computes the divergences (reference, chunked, native, triton); by device if not given.
     """
 
     steps: int = 10
@@ -91,6 +96,7 @@ class Training:
     held_out_share: float = 0.2
     held_out_sequences: int = 24
     seed: int = 0
+    backend: Backend | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "window", "micro_batch_tokens", "held_out_sequences"):

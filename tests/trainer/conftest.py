@@ -27,7 +27,10 @@ class ListReader:
     def __len__(self) -> int:
         return len(self.items)
 
-    def read(self, indices: Sequence[int], *, max_completion_tokens: int | None = None) -> list[ScoredSequence]:
+    def read(
+        self, indices: Sequence[int], *, first_completion_token: int = 0, max_completion_tokens: int | None = None
+    ) -> list[ScoredSequence]:
+        assert first_completion_token == 0
         assert max_completion_tokens is None or max_completion_tokens >= 12
         return [self.items[index] for index in indices]
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from logitcache.scoring import Sampling
 from trainer.flops import FlopLedger, Phase
 from trainer.split import is_held_out
 
-SIZE = ["--steps", "6", "--sequences", "4", "--window", "12", "--learning-rate", "3e-3", "--precision", "float32"]
+SIZE = ["--steps", "6", "--sequences", "4", "--window", "12", "--learning-rate", "1e-3", "--precision", "float32"]
 SIZE += ["--held-out-share", "0.4"]
 
 
@@ -123,25 +126,41 @@ def test_training_from_the_cache_needs_no_teacher(cache: Path, start: Path, tmp_
 def grid(cache: Path, start: Path, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
     out = tmp_path_factory.mktemp("grid") / "demo"
     shutil.copytree(start, out / "student")
-    options = ["--teacher", tiny_dir, "--out", out, "--students", "5", "--top-p", "1.0", *SIZE]
+    options = [
+        "--teacher",
+        tiny_dir,
+        "--out",
+        out,
+        "--students",
+        "5",
+        "--top-p",
+        "1.0",
+        *SIZE,
+        "--mixes",
+        "1",
+        "0.5",
+        "0",
+    ]
     done = trainer("grid", cache, "--student", out / "student", *options, "--json")
     assert done.returncode == 0, done.stderr
     return out, json.loads(done.stdout), done.stderr
 
 
-def test_the_grid_reports_four_cells(grid: tuple[Path, Any, str], cache: Path) -> None:
+def test_the_grid_reports_a_cell_for_each_prefix_and_mix(grid: tuple[Path, Any, str], cache: Path) -> None:
     out, report, _ = grid
     assert json.loads((out / "report.json").read_text()) == report
     assert {"run_s", "device", "commit", "cells"} <= report.keys()
     cells = {(cell["prefix"], cell["divergence"]): cell for cell in report["cells"]}
-    assert cells.keys() == {(p, d) for p in ("teacher", "student") for d in ("forward", "reverse")}
+    assert cells.keys() == {(p, d) for p in ("teacher", "student") for d in ("forward", "mixed-0.5", "reverse")}
     build = sum(open_cache(str(cache), targets=None).manifest.flops.values())
     for (prefix, divergence), cell in cells.items():
         held_out, flops = cell["held_out"], cell["flops"]
         assert held_out.keys() >= {"forward_kl_nats", "reverse_kl_nats", "student_entropy_nats"}
         assert all(change.keys() == {"before", "after"} for change in held_out.values())
-        trained = held_out[f"{divergence}_kl_nats"]
-        assert trained["after"] < trained["before"]
+        assert cell["forward_weight"] == {"forward": 1, "mixed-0.5": 0.5, "reverse": 0}[divergence]
+        weights = {"forward": cell["forward_weight"], "reverse": 1 - cell["forward_weight"]}
+        trained = [held_out[f"{name}_kl_nats"] for name, weight in weights.items() if weight]
+        assert sum(change["after"] for change in trained) < sum(change["before"] for change in trained)
         assert cell["tokens_per_s"] > 0 < cell["seconds"]
         live = [flops["by_phase"][phase] for phase in (Phase.STUDENT_ROLLOUT, Phase.TEACHER_PREFILL)]
         assert all(live) if prefix == "student" else not any(live)
@@ -196,7 +215,9 @@ def other_tokenizer(start: Path, tmp_path: Path) -> Path:
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--forward-weight", "1.5"], "got 1.5"),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--steps", "0"], "below 1"),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--held-out-share", "0.0001"], "0 held out"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--checkpoint-every", "0"], "got 0"),
         (lambda c, s, t, tmp: ["grid", c, "--student", s, "--teacher", s], "was built by"),
+        (lambda c, s, t, tmp: ["grid", c, "--student", s, "--teacher", t, "--mixes", "1", "2"], "got 2"),
         (lambda c, s, t, tmp: ["grid", c, "--student", s, "--teacher", tmp / "gone"], "gone"),
         (lambda c, s, t, tmp: ["prune", t, "--cache", c, "--layers", "3"], "the teacher has 2"),
     ],
@@ -241,3 +262,91 @@ def test_help_says_what_a_command_costs_and_gives_an_example(command: str) -> No
 def test_the_command_line_starts_without_torch() -> None:
     code = "import trainer.cli, sys; assert not {'torch', 'transformers', 'matplotlib'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def of_steps(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("draw_s", "step_s")} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", ["teacher", "student"])
+def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(
+    prefix: str, cache: Path, start: Path, tiny_dir: Path, tmp_path: Path
+) -> None:
+    options = ["--student", start, "--prefix", prefix, "--teacher", tiny_dir, "--checkpoint-every", "1", *SIZE[2:]]
+    command = ["distill", cache, *options, "--steps", "12"]
+    assert trainer(*command, "--out", tmp_path / "whole").returncode == 0
+    chance, out = random.Random(), tmp_path / "killed"
+    code = [sys.executable, "-c", "from trainer.cli import main\nmain()", *map(str, command), "--out", str(out)]
+    for steps in (2, 6):
+        process = subprocess.Popen(code, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        metrics = out / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= steps):
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = trainer(*command, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step " in done.stderr
+    assert of_steps(out) == of_steps(tmp_path / "whole")
+    for name in ("ledger.json", "start.json", "student/model.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_finished_run_is_not_run_again_and_another_one_is_refused(cache: Path, start: Path, tmp_path: Path) -> None:
+    command = ["distill", cache, "--student", start, "--out", tmp_path / "run", *SIZE, "--json"]
+    first, second = trainer(*command), trainer(*command)
+    assert json.loads(first.stdout) == json.loads(second.stdout)
+    assert "done already" in second.stderr
+    other = trainer(*command, "--seed", "1")
+    assert other.returncode == 2
+    assert "training.seed: 0 there, 1 asked" in other.stderr
+
+
+@pytest.fixture(scope="module")
+def tiers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache without exact targets."""
+    place = tmp_path_factory.mktemp("tiers")
+    problems = place / "problems.jsonl"
+    problems.write_text(
+        "".join(json.dumps({"id": f"p{n}", "problem": f"What is {n} + {n}?"}) + "\n" for n in range(16))
+    )
+    request = BuildRequest(
+        problems=str(problems), out=str(place / "cache"), teacher=str(tiny_dir), targets="topk:k=32,sampled:n=64",
+        dtype="float32",
+    )  # fmt: skip
+    build_cache(request, sampling=Sampling(max_new_tokens=12, top_p=1.0), style=PromptStyle(instruction=""))
+    return place / "cache"
+
+
+@pytest.mark.parametrize(("tier", "ending"), [("topk", "_coarse"), ("sampled", "_sampled")])
+def test_what_is_not_exact_is_named_so(tier: str, ending: str, tiers: Path, start: Path, tmp_path: Path) -> None:
+    chosen = [] if tier == "topk" else ["--targets", tier]
+    done = trainer("distill", tiers, "--student", start, "--out", tmp_path / "run", *chosen, *SIZE, "--json")
+    assert done.returncode == 0, done.stderr
+    assert f"targets: tier {tier} ({tier})" in done.stderr
+    held_out = json.loads(done.stdout)["held_out"]
+    assert {f"forward_kl_nats{ending}", "student_entropy_nats"} < held_out.keys()
+    assert not {"forward_kl_nats", "reverse_kl_nats"} & (held_out.keys() | of_steps(tmp_path / "run")[0].keys())
+    trained = held_out[f"forward_kl_nats{ending}"]
+    assert trained["after"] < trained["before"]
+    assert (held_out[f"reverse_kl_nats{ending}"]["after"] is None) is (tier == "sampled")
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--targets", "sampled", "--forward-weight", "0"], "a sampled tier, which says nothing of it"),
+        (["--targets", "topk", "--kl-temperature", "2"], "kept at temperature 1"),
+        (["--targets", "hidden"], "name one of its tiers"),
+    ],
+)
+def test_what_a_tier_cannot_serve_is_refused(
+    options: list[str], found: str, tiers: Path, start: Path, tmp_path: Path
+) -> None:
+    done = trainer("distill", tiers, "--student", start, "--out", tmp_path / "out", *options)
+    assert done.returncode == 2
+    assert found in done.stderr
+    assert not (tmp_path / "out").exists()

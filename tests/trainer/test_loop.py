@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from logitcache.errors import UserError
-from logitcache.records import HiddenStateTargets, ScoredSequence
+from logitcache.records import HiddenStateTargets, ScoredSequence, TopKTargets
 from trainer.batch import TeacherHead, collate
 from trainer.evaluate import evaluate
 from trainer.flops import FlopLedger, Phase
@@ -91,7 +91,7 @@ def test_the_divergence_that_is_trained_falls(
     before = evaluate(other, held_out, FlopLedger(), step=0)
     train(other, reader, head, tmp_path, forward_weight=forward_weight, steps=12)
     after = evaluate(other, held_out, FlopLedger(), step=12)
-    assert getattr(after, name) < 0.6 * getattr(before, name)
+    assert (after.nats[name] or 0) < 0.6 * (before.nats[name] or 0)
     metrics = lines(tmp_path)
     assert [line["loss_nats"] for line in metrics] == [line[name] for line in metrics]
     assert [line["learning_rate"] for line in metrics[:3]] == pytest.approx([1.5e-3, 3e-3, 3e-3])
@@ -148,10 +148,34 @@ def test_evaluation_equals_plain_double_precision(
             terms = (p.exp() * (p - q), q.exp() * (q - p), -q.exp() * q, -p.exp() * p)
             sums += [float(term.sum()) for term in terms]
             tokens += item.sequence.completion_tokens
-    values = (found.forward_kl_nats, found.reverse_kl_nats, found.student_entropy_nats, found.teacher_entropy_nats)
-    assert values == pytest.approx((sums / tokens).tolist(), rel=1e-4)
+    assert list(found.nats.values()) == pytest.approx((sums / tokens).tolist(), rel=1e-4)
     assert (found.tokens, found.sequences) == (tokens, len(scored))
     assert ledger.marginal() == 0 < ledger.by_phase()[Phase.EVALUATION]
+
+
+def test_an_entropy_that_a_server_did_not_report_is_null(
+    other: Student, scored: list[ScoredSequence], head: TeacherHead
+) -> None:
+    """Also where only some rows lack it: a mean over the others would be another quantity."""
+    items = []
+    for number, item in enumerate(scored):
+        rows = item.sequence.completion_tokens
+        targets = TopKTargets(
+            ids=np.zeros(rows, np.int32),
+            log_probs=np.full(rows, -1, np.float32),
+            row_splits=np.arange(rows + 1, dtype=np.int64),
+            tail_log_mass=np.full(rows, np.log(-np.expm1(-1)), np.float32),
+            token_log_prob=np.full(rows, -1, np.float32),
+            entropy=np.full(rows, np.nan if number == 3 else 2, np.float32),
+        )
+        items.append(ScoredSequence(sequence=item.sequence, targets=targets))
+    found = evaluate(other, [collate(items, None, CPU)], FlopLedger(), step=0)
+    assert found.nats["teacher_entropy_nats"] is None
+    assert found.nats["forward_kl_nats_coarse"] is not None
+    without = evaluate(other, [collate(items[:3], None, CPU)], FlopLedger(), step=0)
+    assert without.nats["teacher_entropy_nats"] == pytest.approx(2)
+    with pytest.raises(TypeError, match="exact and coarse"):
+        evaluate(other, [collate(items[:1], None, CPU), collate(scored[:1], head, CPU)], FlopLedger(), step=0)
 
 
 @pytest.mark.parametrize("options", [{"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}])

@@ -16,7 +16,7 @@ from logitcache.scorers.hf import HFEngine, engine_for
 from logitcache.scoring import Sampling
 from trainer.batch import Batch, TeacherHead
 from trainer.flops import FlopLedger, Phase
-from trainer.prefixes import CachedPrefixes, OnPolicyPrefixes, ShuffledOrder, prompts_of
+from trainer.prefixes import CachedPrefixes, OnPolicyPrefixes, prompts_of
 from trainer.settings import BatchPlan
 from trainer.split import is_held_out, split_by_problem
 from trainer.student import Student
@@ -46,15 +46,6 @@ def on_policy(student: Student, teacher: HFEngine, scored: list[ScoredSequence],
 
 def drawn(batches: list[Batch]) -> list[tuple[str, ...]]:
     return [batch.sample_ids for batch in batches]
-
-
-def test_an_order_visits_everything_once_a_round() -> None:
-    order = ShuffledOrder(7, seed=0)
-    first, second = order.take(7), order.take(7)
-    assert sorted(first) == sorted(second) == list(range(7))
-    assert first != second
-    assert ShuffledOrder(7, seed=0).take(14) == first + second
-    assert ShuffledOrder(7, seed=1).take(7) != first
 
 
 @pytest.mark.parametrize("kind", ["cached", "on policy"])

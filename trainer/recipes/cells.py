@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logitcache.console import Progress
 from trainer.batch import Batch
+from trainer.checkpoint import Checkpoints
 from trainer.evaluate import HeldOut, evaluate
 from trainer.flops import FlopLedger
 from trainer.loop import distill
@@ -24,10 +25,11 @@ ENGINE_MODULE = "logitcache.scorers.hf"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CellRun:
-    """What one cell's run needs: where it writes, and who is told of every step."""
+    """What one cell's run needs: where it writes, its checkpoints if it has any, and who is told of every step."""
 
     directory: Path
     on_step: Callable[[dict[str, Any]], None]
+    checkpoints: Checkpoints | None = None
 
 
 def run_cell(
@@ -50,15 +52,15 @@ def run_cell(
             optimisation=training.optimisation,
             ledger=ledger,
             metrics=metrics,
+            checkpoints=run.checkpoints,
             on_step=run.on_step,
         )
     # Asked before anything else could load one: was the teacher's engine in this process while the cell trained?
     engine_imported = ENGINE_MODULE in sys.modules
-    after = evaluate(student, held_out, ledger, step=training.steps)
+    after = evaluate(student, held_out, ledger, step=training.steps, backend=training.backend)
     write_json(run.directory / "ledger.json", {"rows": ledger.to_json()})
-    pairs = zip(asdict(before).items(), asdict(after).values(), strict=True)
     result = {
-        "held_out": {name: {"before": first, "after": last} for (name, first), last in pairs if name.endswith("_nats")},
+        "held_out": {name: {"before": value, "after": after.nats[name]} for name, value in before.nats.items()},
         "completion_tokens": trained.completion_tokens,
         "tokens_per_s": trained.completion_tokens / trained.seconds,
         "seconds": trained.seconds,
@@ -79,11 +81,10 @@ def flops_of(ledger: FlopLedger, *, build_flops: int, students: int) -> dict[str
 
 def show_step(progress: Progress, line: dict[str, Any]) -> None:
     """Move a progress line on by one step."""
-    progress.show(
-        loss=f"{line['loss_nats']:.3f}",
-        forward=f"{line['forward_kl_nats']:.3f}",
-        reverse="unknown" if line["reverse_kl_nats"] is None else f"{line['reverse_kl_nats']:.3f}",
-        entropy=f"{line['student_entropy_nats']:.2f}",
-        tokens_per_s=f"{line['completion_tokens'] / line['step_s']:.0f}",
-    )
+    values = {
+        name.replace("_nats", ""): "unknown" if value is None else f"{value:.3f}"
+        for name, value in line.items()
+        if "_nats" in name and name != "teacher_entropy_nats"
+    }
+    progress.show(**values, tokens_per_s=f"{line['completion_tokens'] / line['step_s']:.0f}")
     progress.add()

@@ -7,32 +7,57 @@ used as prompts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from logitcache.errors import UserError
 from logitcache.flops import ModelShape
 from logitcache.identity import require_same_teacher, resolve_model, tokenizer_fingerprint
-from logitcache.records import Head, Origin
+from logitcache.records import Origin
 from logitcache.scoring import Sampling, Scorer
 from logitcache.store import Reader, open_cache
-from trainer.batch import Batch, collate, micro_batches, teacher_head
+from trainer.batch import Batch, TeacherHead, collate, micro_batches, teacher_head
 from trainer.prefixes import CachedPrefixes, OnPolicyPrefixes, prompts_of
+from trainer.provenance import commit, device_name, versions
 from trainer.settings import Training
 from trainer.split import Split, split_by_problem
-from trainer.student import Student
+from trainer.student import Student, load_student
+
+KINDS = ("hidden", "full", "topk", "sampled")
+"""Kinds of tiers, the one that says most first."""
+EXACT = ("hidden", "full")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CacheData:
-    """An open cache, split into what is trained on and what is measured on."""
+    """An open cache, split into what is trained on and what is measured on.
+
+    Attributes:
+        url: where it is.
+        reader: of the tier that is trained on.
+        measured: of the tier that held-out numbers are taken from: that one, or an exact one if it is coarse.
+        split: of its sequences.
+    """
 
     url: str
     reader: Reader
-    head: Head
+    measured: Reader
     split: Split
+
+    @property
+    def kind(self) -> str:
+        """Of the targets that are trained on."""
+        return kind_of(self.reader)
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the teacher: real tokens."""
+        return int(self.reader.identity["teacher"]["vocab_size"])
 
     @property
     def build_flops(self) -> int:
@@ -53,20 +78,70 @@ class LiveTeacher:
     shape: ModelShape
 
 
-def open_data(cache_url: str, student_dir: Path, training: Training) -> CacheData:
-    """Open a cache's hidden-state tier for a student, whose tokenizer must be the cache's.
+def open_data(cache_url: str, student_dir: Path, training: Training, *, targets: str | None = None) -> CacheData:
+    """Open a cache for a student, whose tokenizer must be the cache's.
+
+    Args:
+        cache_url: a sealed cache.
+        student_dir: the student, of which the tokenizer is read.
+        training: for the share that is held out.
+        targets: a tier to train on, by name or kind; None takes the one that says most (see `KINDS`), and of several
+            of its kind the one with the least KL to the teacher.
 
     Raises:
         IdentityError: the student has another tokenizer.
         UserError: no such cache, tier or student, or too few problems to hold some out.
     """
-    reader = open_cache(cache_url, targets="hidden", tokenizer=_tokenizer_fingerprint(student_dir))
-    head = reader.head
-    assert head is not None
-    problem_ids = reader.samples(["problem_id"])["problem_id"].to_pylist()
-    return CacheData(
-        url=cache_url, reader=reader, head=head, split=split_by_problem(problem_ids, training.held_out_share)
-    )
+    tokens = open_cache(cache_url, targets=None, tokenizer=_tokenizer_fingerprint(student_dir))
+    reader = open_cache(cache_url, targets=targets or best_tier(tokens, KINDS, cache_url))
+    measured = reader
+    if kind_of(reader) not in EXACT and any(tier.kind in EXACT for tier in tokens.manifest.tiers.values()):
+        measured = open_cache(cache_url, targets=best_tier(tokens, EXACT, cache_url))
+    problem_ids = tokens.samples(["problem_id"])["problem_id"].to_pylist()
+    split = split_by_problem(problem_ids, training.held_out_share)
+    return CacheData(url=cache_url, reader=reader, measured=measured, split=split)
+
+
+def kind_of(reader: Reader) -> str:
+    """Of the targets that a reader with a tier reads."""
+    assert reader.tier is not None
+    return reader.manifest.tiers[reader.tier].kind
+
+
+def best_tier(reader: Reader, kinds: Sequence[str], url: str) -> str:
+    """The name of the tier of the first of these kinds that is there; UserError without any."""
+
+    def rank(name: str) -> tuple[int, float, str]:
+        tier = tiers[name]
+        return kinds.index(tier.kind), math.inf if tier.kl_nats is None else tier.kl_nats["mean"], name
+
+    tiers = {name: tier for name, tier in reader.manifest.tiers.items() if tier.kind in kinds}
+    if not tiers:
+        raise UserError(f"targets of {url}", "it has tokens alone", "add a tier with `logitcache score`")
+    return min(tiers, key=rank)
+
+
+def configuration(
+    command: str, data: CacheData, student_dir: Path, training: Training, sampling: Sampling
+) -> dict[str, Any]:
+    """What every recipe writes into its `config.json` before it starts."""
+    return {
+        "command": command,
+        "cache_manifest": data.reader.manifest.digest,
+        "targets": data.reader.tier,
+        "measured_on": data.measured.tier,
+        "student": student_dir.name,
+        "training": asdict(training),
+        "sampling": asdict(sampling),
+        "versions": versions(),
+        "device": device_name(),
+        "commit": commit(),
+    }
+
+
+def open_student(data: CacheData, student_dir: Path, training: Training) -> Student:
+    """The student before its first step."""
+    return load_student(student_dir, vocab_size=data.vocab_size, precision=training.precision)
 
 
 def require_teacher(teacher: str, data: CacheData) -> None:
@@ -89,8 +164,8 @@ def load_live_teacher(teacher: str, data: CacheData) -> LiveTeacher:
 def held_out_batches(data: CacheData, student: Student, training: Training) -> list[Batch]:
     """The first held-out sequences of the cache, up to the training window."""
     indices = data.split.held_out[: training.held_out_sequences]
-    scored = data.reader.read(indices, max_completion_tokens=training.window)
-    head = teacher_head(data.head, student.device)
+    scored = data.measured.read(indices, max_completion_tokens=training.window)
+    head = _head(data.measured, student)
     return [collate(part, head, student.device) for part in micro_batches(scored, training.micro_batch_tokens)]
 
 
@@ -99,7 +174,7 @@ def cached_source(data: CacheData, student: Student, training: Training) -> Cach
     return CachedPrefixes(
         reader=data.reader,
         indices=data.split.train,
-        head=teacher_head(data.head, student.device),
+        head=_head(data.reader, student),
         plan=training.plan,
         seed=training.seed,
         device=student.device,
@@ -130,6 +205,10 @@ def on_policy_source(
         seed=training.seed,
         device=student.device,
     )
+
+
+def _head(reader: Reader, student: Student) -> TeacherHead | None:
+    return None if reader.head is None else teacher_head(reader.head, student.device)
 
 
 def _tokenizer_fingerprint(student_dir: Path) -> str:

@@ -1,13 +1,14 @@
-"""The four cells of the grid from one start: who writes the prefix, times which divergence is minimised.
+"""The cells of the grid from one start: who writes the prefix, times which mix of the divergences is minimised.
 
 Guarantees: every cell starts from the same student and sees the same problems in the same order; the cells that train
-from the cache run first, before a teacher is loaded; the report is written once all four are done.
+from the cache run first, before a teacher is loaded; the report is written once all are done.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,30 @@ from logitcache.errors import UserError
 from logitcache.scoring import Sampling
 from trainer.evaluate import HeldOut, evaluate
 from trainer.flops import FlopLedger
-from trainer.objectives import Objective
+from trainer.objectives import Objective, require_served
 from trainer.prefixes import PrefixSource
-from trainer.provenance import commit, device_name, versions
 from trainer.recipes.cells import CellRun, flops_of, run_cell, show_step
 from trainer.recipes.data import (
+    EXACT,
     CacheData,
     LiveTeacher,
     cached_source,
+    configuration,
     held_out_batches,
+    kind_of,
     load_live_teacher,
     on_policy_source,
     open_data,
+    open_student,
     require_teacher,
 )
 from trainer.report import require_plotting, write_report
-from trainer.runs import new_run_dir, write_json
+from trainer.runs import PROVENANCE, new_run_dir, write_json
 from trainer.settings import Prefix, Training
-from trainer.student import Student, load_student
+from trainer.student import Student
 
-DIVERGENCES = {"forward": 1.0, "reverse": 0.0}
-"""Names of the two divergences and their forward weights."""
+CORNERS = (1.0, 0.0)
+"""Forward weights of the four cells."""
 
 
 def run_grid(
@@ -48,17 +52,21 @@ def run_grid(
     training: Training,
     sampling: Sampling,
     students: int,
+    mixes: Sequence[float] = CORNERS,
+    targets: str | None = None,
 ) -> dict[str, Any]:
-    """Train the four cells and write `config.json`, `cells/`, and the report as JSON, Markdown and a plot.
+    """Train two cells a mix and write `config.json`, `cells/`, and the report as JSON, Markdown and a plot.
 
     Args:
-        cache_url: a sealed cache with hidden states.
+        cache_url: a sealed cache with hidden states or full vocabularies, to measure on.
         student_dir: the model that every cell starts from.
         teacher: the model that built the cache; loaded only for the cells on student prefixes.
         out: a new directory, or one that holds nothing but the cache and the student.
         training: see `Training`.
         sampling: how students write.
         students: how many students share the cache, for the amortised cost.
+        mixes: forward weights, for either prefix.
+        targets: the tier that the cells on teacher prefixes are trained from; None for the one that says most.
 
     Raises:
         UserError: see the functions called; nothing is written before the inputs are sound.
@@ -67,19 +75,30 @@ def run_grid(
     require_plotting()
     if students < 1:
         raise UserError(f"--students {students}", "a cache is shared by at least 1", "give 1 or more")
-    data = open_data(cache_url, student_dir, training)
+    objectives = {
+        divergence_name(weight): Objective(
+            forward_weight=weight, temperature=training.kl_temperature, backend=training.backend
+        )
+        for weight in mixes
+    }
+    data = open_data(cache_url, student_dir, training, targets=targets)
+    if kind_of(data.measured) not in EXACT:
+        raise UserError(
+            f"a grid from {cache_url}",
+            "it has no exact targets to measure on",
+            "add `logitcache score --targets hidden`",
+        )
+    for objective in objectives.values():
+        require_served(objective, data.kind)
     require_teacher(teacher, data)
     new_run_dir(out, may_hold=(cache_url, str(student_dir)))
     config = {
-        "command": "grid",
-        "cache_manifest": data.reader.manifest.digest,
-        "student": student_dir.name,
-        "training": asdict(training),
-        "sampling": asdict(sampling),
+        **configuration("grid", data, student_dir, training, sampling),
         "students": students,
+        "mixes": list(mixes),
     }
     write_json(out / "config.json", config)
-    with Progress("grid", 4 * training.steps, "steps") as progress:
+    with Progress("grid", 2 * len(objectives) * training.steps, "steps") as progress:
         grid = _Grid(
             data=data,
             student_dir=student_dir,
@@ -88,25 +107,29 @@ def run_grid(
             students=students,
             out=out,
             progress=progress,
+            objectives=objectives,
         )
         grid.measure_start()
-        for divergence in DIVERGENCES:
+        for divergence in objectives:
             grid.run(Prefix.TEACHER, divergence, None)
         note("loading the teacher, to score what students write")
         live = load_live_teacher(teacher, data)
-        for divergence in DIVERGENCES:
+        for divergence in objectives:
             grid.run(Prefix.STUDENT, divergence, live)
     report = {
         "run_s": time.perf_counter() - started,
-        "device": device_name(),
-        "commit": commit(),
-        "versions": versions(),
+        **{name: config.pop(name) for name in PROVENANCE},
         "config": config,
         **grid.facts(),
         "cells": grid.cells,
     }
     write_report(report, out)
     return report
+
+
+def divergence_name(forward_weight: float) -> str:
+    """What a mix is called in reports."""
+    return {1.0: "forward", 0.0: "reverse"}.get(forward_weight, f"mixed-{forward_weight:g}")
 
 
 @dataclass(kw_only=True)
@@ -120,6 +143,7 @@ class _Grid:
     students: int
     out: Path
     progress: Progress
+    objectives: Mapping[str, Objective]
     cells: list[dict[str, Any]] = field(default_factory=list)
     before: HeldOut | None = None
     parameters: int = 0
@@ -129,19 +153,20 @@ class _Grid:
         note("measuring the student before training")
         student = self._student()
         self.parameters = sum(parameter.numel() for parameter in student.parameters)
-        self.before = evaluate(student, held_out_batches(self.data, student, self.training), FlopLedger(), step=0)
+        held_out = held_out_batches(self.data, student, self.training)
+        self.before = evaluate(student, held_out, FlopLedger(), step=0, backend=self.training.backend)
 
     def run(self, prefix: Prefix, divergence: str, live: LiveTeacher | None) -> None:
         """Train and measure one cell."""
         assert self.before is not None
-        note(f"cell {len(self.cells) + 1} of 4: {prefix} prefix, {divergence} KL")
+        note(f"cell {len(self.cells) + 1} of {2 * len(self.objectives)}: {prefix} prefix, {divergence} KL")
         directory = self.out / "cells" / f"{prefix}-{divergence}"
         directory.mkdir(parents=True)
         student = self._student()
         result, ledger = run_cell(
             student=student,
             source=self._source(student, live),
-            objective=Objective(forward_weight=DIVERGENCES[divergence], temperature=self.training.kl_temperature),
+            objective=self.objectives[divergence],
             training=self.training,
             held_out=held_out_batches(self.data, student, self.training),
             before=self.before,
@@ -150,7 +175,9 @@ class _Grid:
         # A student that writes its own text needs no cache: nothing of its build is charged to it.
         build_flops = self.data.build_flops if prefix is Prefix.TEACHER else 0
         flops = flops_of(ledger, build_flops=build_flops, students=self.students)
-        self.cells.append({"prefix": str(prefix), "divergence": divergence, **result, "flops": flops})
+        weight = self.objectives[divergence].forward_weight
+        cell = {"prefix": str(prefix), "divergence": divergence, "forward_weight": weight}
+        self.cells.append({**cell, **result, "flops": flops})
 
     def facts(self) -> dict[str, Any]:
         """What the report says of cache, student and held-out set."""
@@ -162,13 +189,12 @@ class _Grid:
             "held_out": {
                 "sequences": self.before.sequences,
                 "tokens": self.before.tokens,
-                "teacher_entropy_nats": self.before.teacher_entropy_nats,
+                "teacher_entropy_nats": self.before.nats["teacher_entropy_nats"],
             },
         }
 
     def _student(self) -> Student:
-        vocab_size = self.data.head.vocab_size
-        return load_student(self.student_dir, vocab_size=vocab_size, precision=self.training.precision)
+        return open_student(self.data, self.student_dir, self.training)
 
     def _source(self, student: Student, live: LiveTeacher | None) -> PrefixSource:
         if live is None:
