@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache import flops
-from logitcache.codecs import Calibration, Codec, TargetSpec, calibrate
+from logitcache.codecs import Calibration, Codec, TargetSpec, TopKSpec, calibrate
+from logitcache.codecs.calibrate import fit_topk_to_targets, topk_request
 from logitcache.codecs.dense import DenseHead
 from logitcache.codecs.fidelity import Gauge
 from logitcache.codecs.quantize import as_float32
-from logitcache.records import Head, HiddenStateTargets, TeacherTargets, TokenSequence
+from logitcache.records import Head, HiddenStateTargets, TeacherTargets, TokenSequence, TopKTargets
 from logitcache.scoring import Generator, HiddenStateRequest, Prompt, SampledRequest, Sampling, Scorer
 from logitcache.store.commits import Committed
 from logitcache.store.writer import Store
@@ -94,7 +95,9 @@ class Build:
         specs: the tiers to write, each named by its kind.
         sampling: how completions are drawn.
         compare: measures the first unit's scores against a reference engine; None where the engine is that reference,
-            or nobody wants to know.
+            or shows no states, or nobody wants to know.
+        shows_states: whether the engine gives hidden states and its head. Where it does not, a codec is fitted to the
+            targets themselves, and no KL is measured.
     """
 
     engine: Engine
@@ -104,6 +107,7 @@ class Build:
     specs: Sequence[TargetSpec]
     sampling: Sampling
     compare: Comparison | None = None
+    shows_states: bool = True
 
     def run(self, share: Sequence[Unit]) -> None:
         """Do what is missing of these units, and commit each part as soon as it is whole."""
@@ -120,7 +124,9 @@ class Build:
 
     def _scored(self, units: Iterable[Unit], codecs: Mapping[str, Codec], committed: Committed) -> Iterator[Scored]:
         # Every tier is asked for even where only one is missing: a part made again gets the bytes of the first time.
-        want = [*(codec.request for codec in codecs.values()), HiddenStateRequest()]
+        want = [codec.request for codec in codecs.values()]
+        if self.shows_states:
+            want.append(HiddenStateRequest())
         for unit in units:
             sequences = self._sequences(unit, committed)
             yield unit, sequences, self.engine.score(sequences, want)
@@ -138,28 +144,44 @@ class Build:
     def _codecs(self) -> dict[str, Codec]:
         """Each tier's codec: the committed one, or one calibrated on the first unit and committed now."""
         have = self.store.tiers()
-        sample = None if all(spec.kind in have for spec in self.specs) else self._calibration()
-        codecs: dict[str, Codec] = {}
-        for spec in self.specs:
-            if sample is not None and spec.kind not in have:
-                self.store.create_tier(spec.kind, calibrate(spec, self._teacher, sample), asdict(spec))
-            codecs[spec.kind] = self.store.tier_codec(spec.kind)
-        return codecs
+        new = [spec for spec in self.specs if spec.kind not in have]
+        for spec, codec in zip(new, self._fitted(new), strict=True):
+            self.store.create_tier(spec.kind, codec, asdict(spec))
+        return {spec.kind: self.store.tier_codec(spec.kind) for spec in self.specs}
 
     @cached_property
     def _teacher(self) -> DenseHead:
         """The teacher's head in float32, laid out once for calibration and for every measurement."""
         return DenseHead(self.engine.head)
 
-    def _calibration(self) -> Calibration:
+    def _fitted(self, specs: Sequence[TargetSpec]) -> Iterator[Codec]:
+        if not specs:
+            return
+        sequences = self._calibration_sequences()
+        if self.shows_states:
+            sample = self._calibration(sequences)
+            yield from (calibrate(spec, self._teacher, sample) for spec in specs)
+        else:
+            yield from (self._fitted_to_targets(spec, sequences) for spec in specs)
+
+    def _fitted_to_targets(self, spec: TargetSpec, sequences: Sequence[TokenSequence]) -> Codec:
+        assert isinstance(spec, TopKSpec)
+        vocab_size = self.store.identity["teacher"]["vocab_size"]
+        scored = self.engine.score(sequences, [topk_request(spec, spec.p, vocab_size)])
+        return fit_topk_to_targets(spec, vocab_size, [item for (item,) in scored if isinstance(item, TopKTargets)])
+
+    def _calibration(self, sequences: Sequence[TokenSequence]) -> Calibration:
+        hidden = np.concatenate([_states(targets) for targets in self.engine.score(sequences, [HiddenStateRequest()])])
+        ids = [sequence.completion_ids for sequence in sequences]
+        numbers = np.repeat(np.arange(len(ids)), [len(item) for item in ids])
+        return Calibration(hidden=hidden, token_ids=np.concatenate(ids), sequence=numbers)
+
+    def _calibration_sequences(self) -> list[TokenSequence]:
         kept: list[TokenSequence] = []
         for sequence in self._sequences(self.units[0], self.store.committed()):
             if sum(earlier.completion_tokens for earlier in kept) < CALIBRATION_ROWS:
                 kept.append(sequence)
-        hidden = np.concatenate([_states(targets) for targets in self.engine.score(kept, [HiddenStateRequest()])])
-        ids = [sequence.completion_ids for sequence in kept]
-        numbers = np.repeat(np.arange(len(ids)), [len(item) for item in ids])
-        return Calibration(hidden=hidden, token_ids=np.concatenate(ids), sequence=numbers)
+        return kept
 
     def _compared(self, scored: Scored) -> dict[str, Any]:
         """Facts of the first unit. Not in the writer's thread: a reference must not compute beside the teacher."""
@@ -173,7 +195,7 @@ class Build:
         self, scored: Scored, codecs: Mapping[str, Codec], committed: Committed, compared: Mapping[str, Any]
     ) -> None:
         unit, sequences, targets = scored
-        sample = _every_nth(np.concatenate([_states(item) for item in targets]), FIDELITY_ROWS)
+        sample = self._measured_states(targets)
         for position, (tier, codec) in enumerate(codecs.items()):
             if unit.name in committed.targets.get(tier, ()):
                 continue
@@ -181,9 +203,15 @@ class Build:
             targets_of_tier = [item[position] for item in targets]
             self.store.write_targets(unit.name, tier, codec, targets_of_tier, {**facts, **compared})
 
-    def _kl_nats(self, codec: Codec, sample: NDArray[np.float32]) -> list[float]:
-        if isinstance(codec.request, SampledRequest):
-            return []  # draws are no distribution: they are unbiased, and have no KL of their own
+    def _measured_states(self, targets: Sequence[tuple[TeacherTargets, ...]]) -> NDArray[np.float32] | None:
+        if not self.shows_states:
+            return None
+        return _every_nth(np.concatenate([_states(item) for item in targets]), FIDELITY_ROWS)
+
+    def _kl_nats(self, codec: Codec, sample: NDArray[np.float32] | None) -> list[float]:
+        # Draws are no distribution: they are unbiased, and have no KL of their own.
+        if sample is None or isinstance(codec.request, SampledRequest):
+            return []
         return Gauge(codec, self._teacher).measure(sample).forward.tolist()
 
     def _score_flops(
@@ -198,7 +226,7 @@ class Build:
 
 
 def _states(targets: Sequence[TeacherTargets]) -> NDArray[np.float32]:
-    """float32[C, D]: the hidden states, which are always asked for last."""
+    """float32[C, D]: the hidden states, which are asked for last."""
     hidden = targets[-1]
     assert isinstance(hidden, HiddenStateTargets)
     return as_float32(hidden.hidden)

@@ -241,9 +241,10 @@ def cache_summary(found: dict[str, Any]) -> str:
         f"{'targets':10}{'MB':>10}{'bytes/token':>14}{'mean KL, nats':>16}{'p99':>12}",
     ]
     for name, tier in found["targets"].items():
-        kl = tier["kl_nats"] or {"mean": float("nan"), "p99": float("nan")}
+        kl = tier["kl_nats"]
+        fidelity = f"{'not measured':>16}" if kl is None else f"{kl['mean']:16.2e}{kl['p99']:12.2e}"
         per_token = tier["bytes_per_token"] or float("nan")
-        lines.append(f"{name:10}{tier['bytes'] / 1e6:10.2f}{per_token:14.1f}{kl['mean']:16.2e}{kl['p99']:12.2e}")
+        lines.append(f"{name:10}{tier['bytes'] / 1e6:10.2f}{per_token:14.1f}{fidelity}")
         if tier["units"] < found["units"]:
             lines.append(f"{'':10}{tier['units']:,} of {found['units']:,} units with sequences have it")
         if (engine := tier["engine_kl_nats"]) is not None:

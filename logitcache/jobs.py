@@ -19,7 +19,7 @@ from logitcache.build import Build, Unit, cut_into_units, missing_units, require
 from logitcache.cluster import RayCluster, build_on_ray
 from logitcache.codecs import TargetSpec, parse_targets
 from logitcache.console import Progress, note
-from logitcache.errors import UserError, require
+from logitcache.errors import require
 from logitcache.identity import (
     model_display_name,
     require_same_teacher,
@@ -29,10 +29,17 @@ from logitcache.identity import (
 )
 from logitcache.problems import Problem, load_problems, problems_digest
 from logitcache.prompts import PromptStyle, prompts_identity, render_prompts
-from logitcache.scorers.choose import EngineName, Served, load_teacher, parse_engine, teacher_identity
+from logitcache.scorers.choose import (
+    EngineName,
+    Served,
+    load_teacher,
+    parse_engine,
+    require_servable,
+    scorer_of,
+    teacher_identity,
+)
 from logitcache.scoring import DTYPES, Sampling
 from logitcache.store import Store, open_cache, open_store
-from logitcache.store.place import redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ class BuildRequest:
         dtype: the precision the teacher computes in, bfloat16 or float32.
         problems_per_unit: problems in one part of the cache; a killed build repeats at most one part.
         generator: the engine that writes: transformers, vllm, or a server's `http://host:port#model`.
-        scorer: the engine that scores, likewise; a server cannot score for a cache, as it shows no hidden states.
+        scorer: the engine that scores, likewise; a server gives `topk` without entropies, and no KL can be measured.
         append: add the problems that the cache at `out` lacks to those it has; all else must be as it was built.
         compare_engines: where the scorer is not transformers, measure on the first unit how far its distributions are
             from those of transformers in float32, for the manifest. Loads the teacher once more, on the CPU.
@@ -69,17 +76,14 @@ class BuildRequest:
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, f"--dtype, {' or '.join(DTYPES)}", self.dtype)
         require(self.problems_per_unit >= 1, "--problems-per-unit, at least 1", self.problems_per_unit)
-        _ = self.engines
+        _, scorer = self.engines
+        if isinstance(scorer, Served):
+            require_servable(parse_targets(self.targets))
 
     @property
     def engines(self) -> tuple[EngineName, EngineName]:
         """The generator and the scorer."""
-        generator, scorer = parse_engine(self.generator, "--generator"), parse_engine(self.scorer, "--scorer")
-        if isinstance(scorer, Served):
-            raise UserError(
-                f"--scorer {redact(self.scorer)}", "a server shows no hidden states", "score with transformers or vllm"
-            )
-        return generator, scorer
+        return parse_engine(self.generator, "--generator"), parse_engine(self.scorer, "--scorer")
 
 
 def build_cache(
@@ -156,7 +160,7 @@ def score_cache(url: str, *, teacher: str, targets: str, compare_engines: bool =
     units = [Unit(name=name, prompts=()) for name in committed.sequences]
     share = missing_units(committed, units, [spec.kind for spec in specs])
     if share:
-        scorer = parse_engine(built_by["engine"].get("scorer", built_by["engine"])["name"], "the cache's scorer")
+        scorer = scorer_of(built_by["engine"])
         job = _Job(
             engines=(scorer, scorer),
             dtype=built_by["dtype"],
@@ -236,7 +240,8 @@ class _Job:
         from logitcache.scorers.compare import compare_with_reference
 
         generator, scorer = self.engines
-        compare = partial(compare_with_reference, self.model_dir)
+        shows_states = not isinstance(scorer, Served)
+        compare = self.compare_engines and shows_states and scorer != "transformers"
         engine = load_teacher(generator, scorer, self.model_dir, dtype=self.dtype, on_sequences=on_sequences)
         return Build(
             engine=engine,
@@ -245,7 +250,8 @@ class _Job:
             units=self.units,
             specs=self.specs,
             sampling=self.sampling,
-            compare=compare if self.compare_engines and scorer != "transformers" else None,
+            compare=partial(compare_with_reference, self.model_dir) if compare else None,
+            shows_states=shows_states,
         )
 
 

@@ -122,7 +122,7 @@ class TopKTargets:
         row_splits: int64[C+1]; row c keeps entries row_splits[c]:row_splits[c+1].
         tail_log_mass: float32[C], log of the probability mass outside the kept ids; -inf if none.
         token_log_prob: float32[C], log-probability of the realised token, kept or not.
-        entropy: float32[C], entropy of the teacher's full distribution, nats.
+        entropy: float32[C], entropy of the teacher's full distribution, nats; NaN if nobody could tell.
     """
 
     ids: NDArray[np.int32]

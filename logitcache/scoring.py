@@ -93,8 +93,9 @@ class Scorer(Protocol):
     ) -> list[tuple[TeacherTargets, ...]]:
         """Targets for each sequence, in the order given, one per request and of the kind requested.
 
-        Obligations: never a lesser kind than asked for; finite or an error; the same call twice gives the same bytes;
-        a sequence without completion rows gets targets of zero rows.
+        Obligations: never a lesser kind than asked for; finite or an error, but for entropies that an engine cannot
+        know, which are NaN in every row; the same call twice gives the same bytes; a sequence without completion rows
+        gets targets of zero rows.
         """
         ...
 

@@ -7,22 +7,29 @@ sequences that were held out of the fit, by an upper confidence bound of the mea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+from numpy.typing import NDArray
 
 from logitcache.codecs.calibration import Calibration, upper_bound
 from logitcache.codecs.codec import Codec
 from logitcache.codecs.dense import DenseHead
+from logitcache.codecs.entries import joined, joined_splits
 from logitcache.codecs.fidelity import Gauge
-from logitcache.codecs.fit_prior import fit_prior, gather, popularity
+from logitcache.codecs.fit_prior import fit_prior, gather, popularity, prior_of_kept
 from logitcache.codecs.fit_transform import fit_basis, with_step
 from logitcache.codecs.full_vocab import FullVocabCodec
 from logitcache.codecs.hidden_state import HiddenStateCodec
+from logitcache.codecs.prior import VocabularyPrior
 from logitcache.codecs.sampled import SampledCodec
 from logitcache.codecs.search import Dial, coarsest_within
 from logitcache.codecs.specs import FullVocabSpec, HiddenSpec, SampledSpec, TargetSpec, TopKSpec
 from logitcache.codecs.topk import TopKCodec
 from logitcache.codecs.topk_values import RootGrid, likeliest, matching_step
 from logitcache.codecs.transform import TransformCodec
+from logitcache.errors import UserError
+from logitcache.records import TopKTargets
 from logitcache.scoring import SampledRequest, TopKRequest
 
 _ROWS_PER_CHUNK = 1024
@@ -53,18 +60,52 @@ def calibrate(spec: TargetSpec, teacher: DenseHead, sample: Calibration) -> Code
 
 def fit_topk(spec: TopKSpec, p: float, head: DenseHead, sample: Calibration) -> TopKCodec:
     """A top-k codec with threshold `p` whose prior, levels and chunk size fit the sample."""
-    request = TopKRequest(max_k=min(spec.k, head.head.vocab_size), min_probability=p, mass=spec.mass)
+    request = topk_request(spec, p, head.head.vocab_size)
     seen = gather(head, sample, request)
-    step = matching_step(p) if spec.step is None else spec.step
     splits = np.searchsorted(seen.rows, np.arange(len(sample) + 1))
-    others = np.delete(seen.log_probs, likeliest(seen.log_probs, splits, seen.rows))
+    return _topk(spec, request, fit_prior(seen), seen.log_probs, splits, seen.tail_nats)
+
+
+def topk_request(spec: TopKSpec, p: float, vocab_size: int) -> TopKRequest:
+    """What a scorer is asked for when the threshold is `p`."""
+    return TopKRequest(max_k=min(spec.k, vocab_size), min_probability=p, mass=spec.mass)
+
+
+def fit_topk_to_targets(spec: TopKSpec, vocab_size: int, targets: Sequence[TopKTargets]) -> TopKCodec:
+    """A top-k codec fitted to what a scorer gave for `topk_request`, where that is all that it can give.
+
+    Less than `calibrate` makes of states: a single tail shape, and no fidelity that could be judged.
+
+    Raises:
+        UserError: targets without rows.
+    """
+    splits = joined_splits(targets)
+    if len(splits) == 1:
+        raise UserError("a calibration sample of 1 row or more", "none", "score a larger first unit")
+    ids, log_probs = joined(targets, "ids", np.int32), joined(targets, "log_probs", np.float32)
+    request, prior = topk_request(spec, spec.p, vocab_size), prior_of_kept(ids, vocab_size)
+    return _topk(spec, request, prior, log_probs, splits, tail_nats=0.0)
+
+
+def _topk(
+    spec: TopKSpec,
+    request: TopKRequest,
+    prior: VocabularyPrior,
+    log_probs: NDArray[np.float32],
+    splits: NDArray[np.int64],
+    tail_nats: float,
+) -> TopKCodec:
+    """The codec whose levels and chunk size fit kept entries: their log-probs float32[E], their rows' splits."""
+    counts = np.diff(splits)
+    step = matching_step(request.min_probability) if spec.step is None else spec.step
+    others = np.delete(log_probs, likeliest(log_probs, splits, np.repeat(np.arange(len(counts)), counts)))
     return TopKCodec(
-        prior=fit_prior(seen),
+        prior=prior,
         request=request,
         step=step,
-        levels=RootGrid(offset=p**0.5, step=step).centroids(others),
-        tail_nats=seen.tail_nats,
-        entry_chunk=_entry_chunk(len(seen.ids) / len(sample)),
+        levels=RootGrid(offset=request.min_probability**0.5, step=step).centroids(others),
+        tail_nats=tail_nats,
+        entry_chunk=_entry_chunk(len(log_probs) / len(counts)),
     )
 
 

@@ -124,6 +124,21 @@ def fit_prior(sample: Sample) -> VocabularyPrior:
     )
 
 
+def prior_of_kept(ids: NDArray[np.int32], vocab_size: int) -> VocabularyPrior:
+    """A prior from kept ids int32[E] alone, where nobody can say what the tails held: one shape, the root of counts.
+
+    Where a token is not kept it is less likely than elsewhere, so tails are flatter than counts; of the powers tried,
+    the root was closest. Tokens that were never kept share the count of those kept once (Good, Biometrika 1953).
+    """
+    counts = np.bincount(ids, minlength=vocab_size)
+    shape = np.sqrt(counts + max(int((counts == 1).sum()), 1) / vocab_size)
+    return VocabularyPrior(
+        token_of_rank=np.argsort(-counts, kind="stable").astype(np.uint32),
+        log_shapes=np.log(shape / shape.sum())[None].astype(np.float16),
+        evidence=np.zeros((1, vocab_size), np.float16),
+    )
+
+
 def _fixed_point(sums: NDArray[np.float64], sample: Sample, shape_of_row: NDArray[np.int64]) -> NDArray[np.float64]:
     """float64[S, V]: the shapes that the module's equation defines, `sums` being its numerator."""
     clusters, vocab = sums.shape

@@ -5,7 +5,8 @@ Guarantees, for finite targets with at least one kept token a row: `decode` retu
       except the likeliest token's, which is 1 - tail - all the others (renormalised in the rare row where that
       would not leave it the likeliest);
     - tail log-odds within half a step (`quantize.encode_log_odds`), -inf exactly;
-    - the realised token's log-prob and the entropy within the root grid's bounds (`quantize.encode_root`).
+    - the realised token's log-prob and the entropy within the root grid's bounds (`quantize.encode_root`); an entropy
+      that the teacher could not tell, NaN, as NaN.
 Two arrays: four int16 a row, one uint32 a kept token. Rank order is not stored (it follows from the values),
 nor is anything that the other numbers say: the likeliest token's probability, a realised log-prob that is the
 likeliest token's, an entropy that is the head's own.
@@ -42,6 +43,8 @@ from logitcache.scoring import TopKRequest
 
 ROWS, ENTRIES = "rows", "entries"
 _COUNT, _TAIL, _TOKEN, _ENTROPY = range(4)
+_UNKNOWN = np.int16(-1)
+"""In the entropy's column, whose codes are 0 or more."""
 _BITS, _BYTES = packed.planes(8, "bitshuffle"), packed.planes(4, "shuffle")
 
 
@@ -131,7 +134,10 @@ class TopKCodec:
         wanted = np.minimum(encode_root(-batch.token_log_prob), 32_766) + 1
         apart = np.sqrt(-values.top) - np.sqrt(np.maximum(-batch.token_log_prob, 0))
         rows[:, _TOKEN] = np.where(np.abs(apart) <= ROOT_STEP / 2, 0, wanted)
-        rows[:, _ENTROPY] = zigzag(encode_root(batch.entropy) - self._expected_entropy(rows, values))
+        if np.isnan(batch.entropy).any():
+            rows[:, _ENTROPY] = _UNKNOWN
+        else:
+            rows[:, _ENTROPY] = zigzag(encode_root(batch.entropy) - self._expected_entropy(rows, values))
         sizes = np.array([len(part.ids) for part in parts], np.int64)
         return Encoded(arrays={ROWS: rows, ENTRIES: entries}, entries_per_sequence=sizes)
 
@@ -140,13 +146,15 @@ class TopKCodec:
         rows, entries = arrays[ROWS], arrays[ENTRIES]
         splits, ids, values = self._head(rows, entries)
         token = rows[:, _TOKEN]
+        entropy = decode_root(unzigzag(rows[:, _ENTROPY]) + self._expected_entropy(rows, values))
+        entropy[rows[:, _ENTROPY] == _UNKNOWN] = np.nan
         return TopKTargets(
             ids=ids,
             log_probs=values.log_probs,
             row_splits=splits,
             tail_log_mass=decode_log_odds(rows[:, _TAIL])[0].astype(np.float32),
             token_log_prob=np.where(token == 0, values.top, -decode_root(token - 1)),
-            entropy=decode_root(unzigzag(rows[:, _ENTROPY]) + self._expected_entropy(rows, values)),
+            entropy=entropy,
         )
 
     def entries_per_row(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
@@ -179,14 +187,16 @@ class TopKCodec:
 
 
 def _checked(parts: Sequence[TopKTargets]) -> TopKTargets:
-    """The parts as one, finite and with a token in every row; UserError otherwise."""
+    """The parts as one, finite and with a token in every row; UserError otherwise. Entropies may all be NaN."""
     batch = TopKTargets(
         ids=packed.joined(parts, "ids", np.int32),
         row_splits=packed.joined_splits(parts),
         **{name: packed.joined(parts, name, np.float32) for name in _FLOATS},
     )
-    for name in ("log_probs", "token_log_prob", "entropy"):
+    for name in ("log_probs", "token_log_prob"):
         require_finite(name, getattr(batch, name))
+    if not np.isnan(batch.entropy).all():
+        require_finite("entropy", batch.entropy)
     if not (batch.tail_log_mass < np.inf).all():
         raise UserError("tail masses from the teacher", "NaN or infinity", "score the unit again")
     if (np.diff(batch.row_splits) < 1).any():

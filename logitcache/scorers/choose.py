@@ -6,12 +6,13 @@ no engine stands in for another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from logitcache.build import Engine
+from logitcache.codecs import TargetSpec, TopKSpec
 from logitcache.errors import UserError
 from logitcache.records import Head, TeacherTargets, TokenSequence
 from logitcache.scoring import Generator, Prompt, Sampling, Scorer, TargetRequest
@@ -26,6 +27,8 @@ class Served:
 
 
 EngineName = Literal["transformers", "vllm"] | Served
+_SERVER = "http"
+"""A server's name in a cache's identity, which keeps no address."""
 
 
 def parse_engine(text: str, option: str) -> EngineName:
@@ -37,6 +40,29 @@ def parse_engine(text: str, option: str) -> EngineName:
             url, _, model = text.partition("#")
             return Served(url=url, model=model)
     raise UserError(f"{option} {text}", "no engine of that name", "say transformers, vllm or http://host:port#model")
+
+
+def scorer_of(identity: Mapping[str, Any]) -> EngineName:
+    """The engine that scored a cache, by its `teacher_identity`. Raises UserError for a server, which has no more."""
+    name = identity.get("scorer", identity)["name"]
+    if name == _SERVER:
+        found = "a server scored it, and a server gives top-k and nothing else"
+        raise UserError("more targets of this cache", found, "build another one with --scorer transformers or vllm")
+    return parse_engine(name, "the cache's scorer")
+
+
+def require_servable(specs: Iterable[TargetSpec]) -> None:
+    """Raise UserError unless a server can score for these: top-k, at a threshold that is named."""
+    for spec in specs:
+        match spec:
+            case TopKSpec(max_kl=None):
+                continue
+            case TopKSpec():
+                asked, found = "topk:max-kl=", "a server gives no full distribution to measure it against"
+            case _:
+                asked, found = spec.kind, "a server gives top-k and nothing else"
+        do = "say --targets topk:k=64, or score with transformers or vllm"
+        raise UserError(f"--targets {asked} of a server as scorer", found, do)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,4 +133,4 @@ def _identity(name: EngineName) -> dict[str, str]:
 
             return vllm_identity()
         case Served(model=model):
-            return {"name": "http", "model": model}
+            return {"name": _SERVER, "model": model}

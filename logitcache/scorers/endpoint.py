@@ -123,7 +123,9 @@ class Endpoint:
             raise _Passing(f"status {response.status_code}")
         if response.status_code != 200:
             raise UserError(
-                f"{path} at {self.shown}", f"status {response.status_code}: {_reason(response)}", "mend the request"
+                f"{path} at {self.shown}",
+                f"status {response.status_code}: {_reason(response)}",
+                "ask for what the server allows",
             )
         try:
             answer: dict[str, Any] = response.json()

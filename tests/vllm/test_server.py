@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs the vLLM environment: make vllm")
 
+from logitcache import open_cache
 from logitcache.errors import UserError
 from logitcache.problems import Problem
 from logitcache.prompts import PromptStyle, render_prompts
@@ -149,6 +151,66 @@ def test_targets_agree_with_the_reference(
 def test_more_than_the_server_allows_is_refused_by_it(engine: HTTPEngine, rollouts: list[TokenSequence]) -> None:
     with pytest.raises(UserError, match=r"status 400.*64"):
         engine.score(rollouts[:1], [TopKRequest(max_k=65)])
+
+
+def build(server: Server, problems: Path, out: Path, *options: str) -> list[str]:
+    teacher = f"{server.url}#teacher"
+    command = [sys.executable, "-m", "logitcache.cli", "build", "--problems", str(problems), "--out", str(out)]
+    command += ["--generator", teacher, "--scorer", teacher, "--targets", "topk:k=32,p=1e-3", "--dtype", "float32"]
+    return [*command, "--max-new-tokens", "16", "--problems-per-unit", "2", "--json", *options]
+
+
+def test_a_cache_is_built_from_a_server_alone_and_trains(
+    server: Server, engine: HTTPEngine, tiny_dir: Path, tmp_path: Path
+) -> None:
+    problems, whole, killed = tmp_path / "p.jsonl", tmp_path / "whole", tmp_path / "killed"
+    problems.write_text("\n".join(json.dumps({"problem": f"What is {n} + {3 * n}?"}) for n in range(8)))
+    done = subprocess.run(build(server, problems, whole), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["sealed"]
+    assert told["teacher"]["engine"] == {"name": "http", "model": "teacher"}
+    assert told["targets"]["topk"]["kl_nats"] is None
+    assert told["targets"]["topk"]["engine_kl_nats"] is None
+
+    samples = open_cache(str(whole), targets="topk").read(list(range(8)))
+    exact = engine.score([s.sequence for s in samples], [TopKRequest(max_k=32, min_probability=1e-3)])
+    for sample, (theirs,) in zip(samples, exact, strict=True):
+        ours = sample.targets
+        assert isinstance(ours, TopKTargets)
+        assert np.array_equal(ours.ids, theirs.ids)
+        cell = 0.6 * 1e-3**0.5
+        assert np.abs(np.exp(ours.log_probs / 2) - np.exp(theirs.log_probs / 2)).max() < 2 * cell
+        assert np.abs(np.exp(ours.tail_log_mass) - np.exp(theirs.tail_log_mass)).max() < 0.01
+        assert np.abs(np.exp(ours.token_log_prob) - np.exp(theirs.token_log_prob)).max() < 0.02
+        assert np.isnan(ours.entropy).all()
+
+    process = subprocess.Popen(build(server, problems, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(killed.rglob("record.json")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert len(list(killed.rglob("record.json"))) < 8
+    done = subprocess.run(build(server, problems, killed), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert files(killed) == files(whole)
+
+    train = [sys.executable, "-m", "trainer.cli", "distill", str(whole), "--student", str(tiny_dir), "--json"]
+    train += ["--out", str(tmp_path / "run"), "--steps", "2", "--sequences", "2", "--window", "12"]
+    train += ["--precision", "float32", "--held-out-share", "0.4"]
+    trained = subprocess.run(train, capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stderr
+    held_out = json.loads(trained.stdout)["held_out"]
+    assert held_out["forward_kl_nats_coarse"]["after"] < held_out["forward_kl_nats_coarse"]["before"]
+
+    score = [sys.executable, "-m", "logitcache.cli", "score", str(whole), "--targets", "hidden"]
+    refused = subprocess.run(score, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "a server scored it" in refused.stderr
+
+
+def files(cache: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(cache)): file.read_bytes() for file in cache.rglob("*") if file.is_file()}
 
 
 def test_another_name_is_refused(server: Server, embedded_dir: Path) -> None:

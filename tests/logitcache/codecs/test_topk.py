@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from logitcache.codecs import TopKCodec, uniform_prior
+from logitcache.codecs import TopKCodec, TopKSpec, spread_tail, uniform_prior
+from logitcache.codecs.calibrate import fit_topk_to_targets
 from logitcache.codecs.dense import log_softmax, select_topk
+from logitcache.codecs.fidelity import kl_nats
 from logitcache.codecs.quantize import ROOT_STEP
 from logitcache.codecs.topk import ENTRIES, ROWS
 from logitcache.codecs.topk_values import Levels, RootGrid, head_values
@@ -137,6 +139,36 @@ def test_bytes_that_do_not_fit_together_are_damage() -> None:
     with pytest.raises(DamagedError, match="below 10"):
         codec.decode(arrays | {ENTRIES: arrays[ENTRIES] | np.uint32(1 << 20)})
     assert codec.decode({ROWS: arrays[ROWS][:0], ENTRIES: arrays[ENTRIES][:0]}).ids.size == 0
+
+
+def test_an_entropy_that_the_teacher_cannot_tell_comes_back_unknown_and_moves_nothing_else() -> None:
+    rows = select_topk(log_softmax(np.eye(4, 30, dtype=np.float32) * 9), np.zeros(4, np.int32), TopKRequest(max_k=5))
+    untold = dataclasses.replace(rows, entropy=np.full(4, np.nan, np.float32))
+    codec = codec_for(30, TopKRequest(max_k=5))
+    told, back = again(codec, rows), again(codec, untold)
+    assert np.isnan(back.entropy).all()
+    for name in ("ids", "log_probs", "row_splits", "tail_log_mass", "token_log_prob"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(told, name))
+    some = dataclasses.replace(rows, entropy=np.float32([1, np.nan, 1, 1]))
+    with pytest.raises(UserError, match="finite entropy"):
+        codec.encode([some])
+
+
+def test_a_codec_fitted_to_targets_spreads_their_tail_better_than_evenly() -> None:
+    rng = np.random.default_rng(5)
+    log_probs = log_softmax((rng.standard_normal((400, 97)) + np.linspace(4, 0, 97)).astype(np.float32))
+    targets = select_topk(log_probs, np.zeros(400, np.int32), TopKRequest(max_k=8))
+    codec = fit_topk_to_targets(TopKSpec(p=0, k=8), 97, [targets])
+    learnt, even = (
+        kl_nats(log_probs, spread_tail(targets, prior)).mean() for prior in (codec.prior, uniform_prior(97))
+    )
+    assert learnt < 0.8 * even
+    counts = np.bincount(targets.ids, minlength=97)
+    assert (np.diff(counts[codec.prior.token_of_rank]) <= 0).all()
+    rebuilt = TopKCodec.from_config(codec.config, codec.shared)
+    np.testing.assert_array_equal(again(rebuilt, targets).log_probs, again(codec, targets).log_probs)
+    with pytest.raises(UserError, match="calibration sample"):
+        fit_topk_to_targets(TopKSpec(p=0, k=8), 97, [])
 
 
 def test_a_step_that_cannot_reach_one_half_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from logitcache.errors import UserError
 from logitcache.jobs import BuildRequest
-from logitcache.scorers.choose import Served, parse_engine
+from logitcache.scorers.choose import EngineName, Served, parse_engine, scorer_of, teacher_identity
 
 
 def test_names() -> None:
@@ -20,7 +20,26 @@ def test_names_that_are_none(text: str) -> None:
         parse_engine(text, "--scorer")
 
 
-def test_a_server_that_should_score_for_a_cache_is_refused_before_anything_runs() -> None:
-    with pytest.raises(UserError, match="a server shows no hidden states"):
-        BuildRequest(problems="p.jsonl", out="cache", scorer="http://h:8000#m")
-    assert BuildRequest(problems="p.jsonl", out="cache", generator="http://h:8000#m").scorer == "transformers"
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        ("topk,hidden", "hidden of a server as scorer: a server gives top-k and nothing else"),
+        ("full", "full of a server as scorer: a server gives top-k and nothing else"),
+        ("sampled:n=8", "sampled of a server as scorer: a server gives top-k and nothing else"),
+        ("topk:max-kl=1e-2", "topk:max-kl= of a server as scorer: a server gives no full distribution"),
+    ],
+)
+def test_what_a_server_cannot_score_is_refused_before_anything_runs(targets: str, found: str) -> None:
+    with pytest.raises(UserError, match=found):
+        BuildRequest(problems="p.jsonl", out="cache", scorer="http://h:8000#m", targets=targets)
+    assert BuildRequest(problems="p.jsonl", out="cache", generator="http://h:8000#m", targets=targets)
+    assert BuildRequest(problems="p.jsonl", out="cache", scorer="http://h:8000#m", targets="topk:k=64")
+
+
+def test_a_cache_that_a_server_scored_gets_no_more_targets() -> None:
+    server = Served(url="http://h:8000", model="m")
+    assert scorer_of(teacher_identity(server, "transformers")) == "transformers"
+    generators: tuple[EngineName, ...] = (server, "transformers")
+    for generator in generators:
+        with pytest.raises(UserError, match="a server scored it"):
+            scorer_of(teacher_identity(generator, server))

@@ -9,16 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from logitcache import open_cache
 from logitcache.errors import UserError
+from logitcache.jobs import BuildRequest, build_cache
+from logitcache.prompts import PromptStyle
 from logitcache.records import FinishReason, Origin, TokenSequence, TopKTargets
 from logitcache.scorers.endpoint import Endpoint
 from logitcache.scorers.vllm_http import HTTPEngine
-from logitcache.scoring import HiddenStateRequest, TopKRequest
+from logitcache.scoring import HiddenStateRequest, Sampling, TopKRequest
 
 MODELS = {"data": [{"id": "teacher", "max_model_len": 64}]}
 
@@ -33,7 +37,10 @@ def rows_for(body: dict[str, Any]) -> list[dict[str, Any] | None]:
 
 
 def good(body: dict[str, Any]) -> tuple[int, Any]:
-    return 200, {"model": "teacher", "choices": [{"prompt_logprobs": rows_for(body)}]}
+    if "prompt_logprobs" in body:
+        return 200, {"model": "teacher", "choices": [{"prompt_logprobs": rows_for(body)}]}
+    written = [body["seed"] % 5, 3, 4]
+    return 200, {"model": "teacher", "choices": [{"token_ids": written, "finish_reason": "length"}]}
 
 
 @dataclass(kw_only=True)
@@ -185,6 +192,14 @@ def test_rows_that_make_no_sense(url: str, stage: Stage, row: dict[str, Any], fo
         engine_at(url).score([sequence(1, 2)], [TopKRequest()])
 
 
+@pytest.mark.parametrize("rest", [0.3, 0.30001])
+def test_a_tail_that_rounding_hides_is_as_large_as_the_rounding(url: str, stage: Stage, rest: float) -> None:
+    row = {"4": {"logprob": float(np.log(0.7))}, "2": {"logprob": float(np.log(rest))}}
+    stage.play = lambda body: (200, {"model": "teacher", "choices": [{"prompt_logprobs": [None, row]}]})
+    ((targets,),) = engine_at(url).score([sequence(1, 2)], [TopKRequest()])
+    assert np.exp(targets.tail_log_mass) == pytest.approx([2**-16])
+
+
 def test_a_server_that_hangs_is_given_up(url: str, stage: Stage) -> None:
     def hang(body: dict[str, Any]) -> tuple[int, Any]:
         time.sleep(1)
@@ -219,6 +234,52 @@ def test_a_server_that_dies_between_requests_loses_nothing_silently(url: str, st
     with pytest.raises(UserError, match="none in 3 attempts"):
         counting.score([sequence(1, 2)] * 40, [TopKRequest()])
     assert len(done) < 6
+
+
+def test_a_build_whose_server_dies_goes_on_to_the_same_bytes(
+    url: str, stage: Stage, tiny_dir: Path, tmp_path: Path
+) -> None:
+    problems = tmp_path / "p.jsonl"
+    problems.write_text("".join(json.dumps({"problem": f"What is {n}?"}) + "\n" for n in range(6)))
+
+    def build(out: Path) -> dict[str, Any]:
+        teacher = f"{url}#teacher"
+        request = BuildRequest(
+            problems=str(problems),
+            out=str(out),
+            teacher=str(tiny_dir),
+            targets="topk:k=3",
+            problems_per_unit=2,
+            generator=teacher,
+            scorer=teacher,
+        )
+        return build_cache(request, sampling=Sampling(max_new_tokens=3), style=PromptStyle())
+
+    def die(body: dict[str, Any]) -> tuple[int, Any]:
+        return good(body) if len(stage.bodies) <= 9 else (400, {"error": "gone"})
+
+    whole = build(tmp_path / "whole")
+    stage.bodies.clear()
+    stage.play = die
+    with pytest.raises(UserError, match="status 400: gone"):
+        build(tmp_path / "cache")
+    parts = len(list((tmp_path / "cache").rglob("record.json")))
+    stage.play = good
+    assert 0 < parts < len(list((tmp_path / "whole").rglob("record.json")))
+    assert build(tmp_path / "cache") == whole
+    assert content(tmp_path / "cache") == content(tmp_path / "whole")
+    assert whole["targets"]["topk"]["kl_nats"] is whole["targets"]["topk"]["engine_kl_nats"] is None
+
+    for sample in open_cache(str(tmp_path / "cache"), targets="topk").read(range(6)):
+        assert isinstance(sample.targets, TopKTargets)
+        assert sample.targets.ids.tolist() == [2, 3, 4] * 3
+        assert np.exp(sample.targets.log_probs) == pytest.approx(np.array([3, 4, 5] * 3) / 15, abs=0.01)
+        assert np.exp(sample.targets.tail_log_mass) == pytest.approx(np.full(3, 0.2), abs=0.005)
+        assert np.isnan(sample.targets.entropy).all()
+
+
+def content(cache: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(cache)): file.read_bytes() for file in cache.rglob("*") if file.is_file()}
 
 
 def test_no_more_requests_at_once_than_allowed_and_the_order_stays(url: str, stage: Stage) -> None:
