@@ -3,7 +3,7 @@
     python -m tools.bench.build [--quick] [--json PATH] [--data DIR]
 
 Both generate the same completions of real DeepScaleR problems with the embedded teacher and run it over them once more
-with full-vocabulary log-probabilities; the build besides selects, encodes, checksums, writes and measures fidelity.
+with logits of every completion token; the build besides selects, encodes, checksums, writes and measures fidelity.
 Rounds alternate; the median ratio is what counts. The first unit, on which codecs are calibrated once per cache, is
 reported apart and in neither.
 """
@@ -21,7 +21,6 @@ import torch
 from logitcache import flops
 from logitcache.build import Build, Unit, cut_into_units
 from logitcache.codecs import parse_targets
-from logitcache.codecs.quantize import as_float32
 from logitcache.embedded import embedded_teacher_dir
 from logitcache.problems import load_problems
 from logitcache.prompts import PromptStyle, render_prompts
@@ -63,14 +62,14 @@ def main() -> None:
 
 
 def _forward(engine: HFEngine, units: list[Unit], sampling: Sampling) -> None:
-    """Generate, and score with log-probabilities that nobody keeps."""
+    """Generate, and score with logits that nobody looks at."""
     for unit in units:
         sequences = engine.generate(unit.prompts, sampling)
         for (targets,) in engine.score(sequences, [HiddenStateRequest()]):
             assert isinstance(targets, HiddenStateTargets)
-            hidden_CD = torch.from_numpy(as_float32(targets.hidden))
+            hidden_CD = torch.from_numpy(targets.hidden).view(torch.bfloat16)
             for start in range(0, len(hidden_CD), engine.tile_rows):
-                engine.torch_head.log_probs(hidden_CD[start : start + engine.tile_rows])
+                engine.torch_head.logits(hidden_CD[start : start + engine.tile_rows])
 
 
 def _timed(work: Callable[[], None]) -> float:
