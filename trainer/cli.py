@@ -14,6 +14,7 @@ from cyclopts import App, Parameter
 from logitcache.console import answer, run_command
 from logitcache.scoring import Sampling
 from trainer.settings import Prefix, Training
+from trainer.watch import Watch
 
 app = App(name="trainer", help=__doc__.splitlines()[0], version_flags=[])
 
@@ -51,13 +52,19 @@ def distill(
     student: str,
     out: Path,
     prefix: Prefix = Prefix.TEACHER,
-    forward_weight: float = 1.0,
+    student_share: float = 0.5,
+    forward_weight: str = "1.0",
     teacher: str | None = None,
     training: Annotated[Training, Parameter(name="*")] = RUN,
     temperature: float = 1.0,
     top_p: float = 0.95,
     top_k: int = 20,
     targets: str | None = None,
+    curriculum: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (),
+    entropy_floor: str = "50%",
+    check_every: int = 50,
+    patience: int = 1,
+    watch: tuple[Watch, ...] = (),
     checkpoint_every: int = 100,
     keep: int = 2,
     json: bool = False,
@@ -77,32 +84,49 @@ def distill(
         cache: a sealed cache, as `logitcache build` makes it.
         student: the model to start from, a transformers model id or directory with the teacher's tokenizer.
         out: a directory for the trained student, its metrics, checkpoints and result: new, or of this same run.
-        prefix: who writes the text: teacher (the cache) or student (live).
-        forward_weight: 1 is forward KL, 0 reverse KL, between them a linear mix.
-        teacher: the model that built the cache, to score what the student writes; `--prefix student` needs it.
+        prefix: who writes the text: teacher (the cache), student (live), or mixed (both at every step).
+        student_share: mixed prefixes: the student's share of each step's sequences.
+        forward_weight: 1 is forward KL, 0 reverse KL, between them a linear mix; 1.0:0.2@100 goes from 1.0 to 0.2 over
+            steps 0 to 100.
+        teacher: the model that built the cache, to score what the student writes; for student and mixed prefixes.
         training: how it is trained.
         temperature: student prefixes: sampling temperature.
         top_p: student prefixes: nucleus.
         top_k: student prefixes: likeliest tokens to draw from.
         targets: the tier to train from, by name or kind: hidden and full are exact, topk is coarse (and named so),
             sampled serves forward KL alone. By default the first of these that the cache has.
+        curriculum: windows in place of --window, ascending, such as `--curriculum 128 256 512`: the next one is taken
+            while the entropy of what the student writes on held-out prompts is at or above the floor.
+        entropy_floor: in nats per token (0.3), or a share of the entropy before the first step (50%).
+        check_every: steps between the curriculum's checks.
+        patience: checks in a row below the floor after which the window stays for good.
+        watch: tensorboard or wandb, besides metrics.jsonl; may be given twice.
         checkpoint_every: steps between checkpoints, each three times the float32 weights in size.
         keep: checkpoints that stay, the newest.
         json: print one JSON object.
     """
     from logitcache.identity import resolve_model
+    from trainer.curriculum import CurriculumPlan, parse_floor
     from trainer.recipes.distill import run_distill
+    from trainer.schedules import WeightSchedule
 
+    plan = None
+    if curriculum:
+        floor = parse_floor(entropy_floor)
+        plan = CurriculumPlan(lengths=curriculum, floor=floor, check_every=check_every, patience=patience)
     result = run_distill(
         cache_url=cache,
         student_dir=resolve_model(student),
         out=out,
         prefix=prefix,
-        forward_weight=forward_weight,
+        weights=WeightSchedule.parse(forward_weight),
         teacher=teacher,
         training=training,
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
         targets=targets,
+        student_share=student_share,
+        curriculum=plan,
+        watch=watch,
         checkpoint_every=checkpoint_every,
         keep=keep,
     )
@@ -163,6 +187,26 @@ def grid(
         targets=targets,
     )
     answer(report, table(report), as_json=json)
+
+
+@app.command
+def report(*runs: Path, out: Path, json: bool = False) -> None:
+    """Draw curves and a table of runs, finished or going on, from their metrics. Costs seconds; loads no model.
+
+    Example: trainer report runs/forward runs/reverse --out runs/compared
+
+    Args:
+        runs: the --out of `distill` or `grid`, one or more.
+        out: without ending: OUT.md and OUT.png are written, over what is there.
+        json: print one JSON object.
+    """
+    from logitcache.errors import require
+    from trainer.recipes.report import run_report
+
+    require(bool(runs), "runs to report", "none", "name the --out of one or more")
+    result = run_report(runs, out)
+    text = result.pop("table")
+    answer(result, text, as_json=json)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from logitcache.flops import ModelShape, backward, body, forward, generate
+from logitcache.flops import ModelShape, backward, body, forward, generate, recomputation
 from trainer.batch import Batch
 
 
@@ -105,15 +105,25 @@ class FlopLedger:
         return cls(FlopRow(step=row["step"], phase=Phase(row["phase"]), flops=row["flops"]) for row in plain)
 
 
-def add_training(ledger: FlopLedger, shape: ModelShape, batch: Batch, *, teacher_head_flops: int, step: int) -> None:
+def add_training(
+    ledger: FlopLedger,
+    shape: ModelShape,
+    batch: Batch,
+    *,
+    teacher_head_flops: int,
+    step: int,
+    gradient_checkpointing: bool = False,
+) -> None:
     """A training step's rows for one batch: the student twice forward backwards, the teacher's logits once.
 
     The chunked and Triton divergences compute both sides' logits once and take the gradient in place, so the head's
-    backward is two products, as everywhere else.
+    backward is two products, as everywhere else. With gradient checkpointing the backward holds the layers' second
+    forward too.
     """
     cost = forward(shape, batch.sequence_lengths, head_rows=batch.target_rows)
     ledger.add(Phase.STUDENT_FORWARD, cost, step=step)
-    ledger.add(Phase.STUDENT_BACKWARD, backward(cost), step=step)
+    again = recomputation(shape, batch.sequence_lengths) if gradient_checkpointing else 0
+    ledger.add(Phase.STUDENT_BACKWARD, backward(cost) + again, step=step)
     ledger.add(Phase.HEAD_REPROJECTION, teacher_head_flops, step=step)
 
 

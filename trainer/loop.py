@@ -1,16 +1,17 @@
 """The training loop: one straight line, the same for every cell of the grid.
 
-Guarantees: float32 master weights; a step's loss is the mean over all its completion tokens however it is cut into
-micro-batches; a loss or gradient that is not finite stops the run before it touches the weights, naming the samples;
-every step is a line in `metrics.jsonl`. The loop draws no random numbers: its source does. With checkpoints, a run that
-was killed and is started again takes the same steps as one that never was, bit for bit on one machine.
+Guarantees: float32 master weights; a step's loss is the mean over all its completion tokens (or sequences) however it
+is cut into micro-batches, and what is logged are means over tokens; a loss or gradient that is not finite stops the run
+before it touches the weights, naming the samples; every step is a line in `metrics.jsonl`. The loop draws no random
+numbers: its source does. With checkpoints, a run that was killed and is started again takes the same steps as one that
+never was, bit for bit on one machine.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from logitcache.errors import UserError
 from trainer.batch import Batch, teacher_head_flops
 from trainer.checkpoint import Checkpoints, Stateful
 from trainer.flops import FlopLedger, add_training
-from trainer.objectives import Objective, field_sums, known, names_of, token_mean
+from trainer.objectives import Objective, field_sums, known, names_of, step_mean
 from trainer.prefixes import PrefixSource
 from trainer.runs import MetricsLog
-from trainer.settings import Optimisation
+from trainer.schedules import WeightSchedule
+from trainer.settings import Optimisation, Weighting
 from trainer.student import Student
 
 
@@ -52,6 +54,9 @@ def distill(
     optimisation: Optimisation,
     ledger: FlopLedger,
     metrics: MetricsLog,
+    weights: WeightSchedule | None = None,
+    weighting: Weighting = Weighting.TOKEN,
+    check: Callable[[int, FlopLedger], Mapping[str, Any]] = lambda _step, _ledger: {},
     checkpoints: Checkpoints | None = None,
     stateful: Mapping[str, Stateful] | None = None,
     on_step: Callable[[dict[str, Any]], None] = lambda _: None,
@@ -65,6 +70,9 @@ def distill(
         optimisation: steps and the optimizer.
         ledger: gets the FLOPs.
         metrics: gets a line per step; emptied, or cut to the checkpoint's length.
+        weights: of forward KL over the steps; None keeps the objective's.
+        weighting: what counts equally in the loss.
+        check: called before each step, outside its time; what it returns goes into the step's line.
         checkpoints: where they go and are looked for; None writes none.
         stateful: further parts whose state belongs into a checkpoint, by name.
         on_step: told each line of metrics.
@@ -88,6 +96,9 @@ def distill(
         metrics.clear()
     first = 0 if checkpoints is None else checkpoints.restore(student.model, optimizer, parts)
     for step in range(first, optimisation.steps):
+        checked = check(step, ledger)
+        if weights is not None:
+            objective = replace(objective, forward_weight=weights.at(step))
         step_started = time.perf_counter()
         batches = source.draw(step, ledger)
         drawn_s = time.perf_counter() - step_started
@@ -96,14 +107,21 @@ def distill(
         sums = torch.zeros(1 + len(names), dtype=torch.float64)
         for batch in batches:
             out = objective(student.head_over(batch), batch.targets)
-            loss = token_mean(out.loss, step_rows)
+            loss = step_mean(out.loss, batch, batches, weighting)
             _require_finite("the loss", loss, step, [batch])
             loss.backward()
             sums += field_sums(out)
-            add_training(ledger, student.shape, batch, teacher_head_flops=teacher_head_flops(batch), step=step)
+            add_training(
+                ledger,
+                student.shape,
+                batch,
+                teacher_head_flops=teacher_head_flops(batch),
+                step=step,
+                gradient_checkpointing=student.gradient_checkpointing,
+            )
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters, optimisation.max_grad_norm)
         _require_finite("the gradient", grad_norm, step, batches)
-        rate = optimisation.rate_at(step)
+        rate = optimisation.rate.at(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -119,11 +137,13 @@ def distill(
             **dict(zip(("loss_nats", *names.values()), means, strict=True)),
             "grad_norm": float(grad_norm),
             "learning_rate": rate,
+            "forward_weight": objective.forward_weight,
             "completion_tokens": step_rows,
             "rows": rows,
             "draw_s": drawn_s,
             "step_s": step_s,
             "flops": ledger.marginal(),
+            **checked,
         }
         metrics.write(line)
         on_step(line)

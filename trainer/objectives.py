@@ -1,12 +1,14 @@
 """What is minimised: a per-token divergence, chosen by what is known of the teacher.
 
-Guarantees: losses are per token, in nats, unreduced; the division by a token count happens in `token_mean` and nowhere
-else; targets that cannot give the divergence asked for are refused, never approximated.
+Guarantees: losses are per token, in nats, unreduced; the division happens in `step_mean` and `token_mean` and nowhere
+else, by counts of the whole step, so that micro-batches change no result; targets that cannot give the divergence asked
+for are refused, never approximated.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,8 @@ from torch import Tensor
 import kernels
 from kernels import DenseTargets, KLOutput, LinearHead, SampledTargets, Targets, TopKTargets
 from logitcache.errors import UserError
-from trainer.settings import Backend
+from trainer.batch import Batch
+from trainer.settings import Backend, Weighting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +109,15 @@ def known(value: float) -> float | None:
 def token_mean(loss_R: Tensor, step_rows: int) -> Tensor:
     """A micro-batch's part of the mean over all completion tokens of the step: summed, divided once."""
     return loss_R.sum() / step_rows
+
+
+def step_mean(loss_R: Tensor, batch: Batch, step: Sequence[Batch], weighting: Weighting = Weighting.TOKEN) -> Tensor:
+    """A micro-batch's part of the mean over all completion tokens, or all sequences, of the step."""
+    match weighting:
+        case Weighting.TOKEN:
+            return token_mean(loss_R, sum(one.target_rows for one in step))
+        case Weighting.SEQUENCE:
+            ends = torch.tensor(batch.sequence_lengths, device=loss_R.device).cumsum(0)
+            sequence_R = torch.bucketize(batch.rows, ends, right=True)
+            tokens_R = torch.bincount(sequence_R)[sequence_R]
+            return (loss_R / tokens_R).sum() / sum(len(one.sequence_lengths) for one in step)

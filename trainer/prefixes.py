@@ -6,6 +6,7 @@ accounts its own FLOPs; what it draws is a pure function of its seed and how oft
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from logitcache.errors import UserError
 from logitcache.flops import ModelShape
 from logitcache.loader import Batches, Prefetch, SequenceReader, ShuffledOrder
 from logitcache.records import ScoredSequence, TokenSequence
@@ -31,6 +33,10 @@ class PrefixSource(Protocol):
 
     def draw(self, step: int, ledger: FlopLedger) -> list[Batch]:
         """The micro-batches of one step, together one batch of sequences."""
+        ...
+
+    def use_window(self, completion_tokens: int) -> None:
+        """Draw sequences of at most so many completion tokens from now on. A source does not remember it."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -90,6 +96,12 @@ class CachedPrefixes:
         return [
             collate(part, self._head, self._device) for part in micro_batches(scored, self._plan.micro_batch_tokens)
         ]
+
+    def use_window(self, completion_tokens: int) -> None:
+        """See `PrefixSource.use_window`. What was read ahead under another window is dropped."""
+        if completion_tokens != self._batches.max_completion_tokens:
+            self.close()
+            self._batches = replace(self._batches, max_completion_tokens=completion_tokens)
 
     def state(self) -> dict[str, Any]:
         """See `PrefixSource.state`."""
@@ -156,6 +168,10 @@ class OnPolicyPrefixes:
         add_scoring(ledger, self.teacher_shape, [len(rollout) - 1 for rollout in rollouts], step=step)
         return [collate(part, self.head, self.device) for part in micro_batches(scored, self.plan.micro_batch_tokens)]
 
+    def use_window(self, completion_tokens: int) -> None:
+        """See `PrefixSource.use_window`."""
+        self.plan = replace(self.plan, max_completion_tokens=completion_tokens)
+
     def state(self) -> dict[str, Any]:
         """See `PrefixSource.state`."""
         return {"drawn": self._drawn}
@@ -166,6 +182,51 @@ class OnPolicyPrefixes:
 
     def close(self) -> None:
         """See `PrefixSource.close`. There is nothing to stop."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MixedPrefixes:
+    """Both sources in every step, each with its own number of sequences. Their targets must be of one exactness."""
+
+    teacher: PrefixSource
+    student: PrefixSource
+
+    def draw(self, step: int, ledger: FlopLedger) -> list[Batch]:
+        """See `PrefixSource.draw`."""
+        return self.teacher.draw(step, ledger) + self.student.draw(step, ledger)
+
+    def use_window(self, completion_tokens: int) -> None:
+        """See `PrefixSource.use_window`."""
+        self.teacher.use_window(completion_tokens)
+        self.student.use_window(completion_tokens)
+
+    def state(self) -> dict[str, Any]:
+        """See `PrefixSource.state`."""
+        return {"teacher": self.teacher.state(), "student": self.student.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See `PrefixSource.restore`."""
+        self.teacher.restore(state["teacher"])
+        self.student.restore(state["student"])
+
+    def close(self) -> None:
+        """See `PrefixSource.close`."""
+        self.teacher.close()
+        self.student.close()
+
+
+def shares(plan: BatchPlan, student_share: float) -> tuple[BatchPlan, BatchPlan]:
+    """The teacher's and the student's part of a step.
+
+    Raises:
+        UserError: a share that is no whole number of sequences of either.
+    """
+    exact = student_share * plan.sequences
+    own = round(exact) if 0 < student_share < 1 else 0
+    if not (0 < own < plan.sequences and math.isclose(own, exact)):
+        found = f"of {plan.sequences} sequences that is {exact:g}"
+        raise UserError(f"--student-share {student_share}", found, "choose a share that makes 1 or more of either")
+    return replace(plan, sequences=plan.sequences - own), replace(plan, sequences=own)
 
 
 def prompts_of(sequences: Sequence[TokenSequence]) -> list[Prompt]:

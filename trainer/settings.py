@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
 from logitcache.errors import UserError
+from trainer.schedules import Decay, LearningRate
 
 Backend = Literal["reference", "chunked", "native", "triton"]
 """Of `kernels`, see `kernels.api`."""
@@ -30,31 +30,31 @@ class BatchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """AdamW with a linear warm-up, then constant (arXiv 2605.16826 warms up over 5% of its steps).
+    """AdamW under a learning rate with a linear warm-up (arXiv 2605.16826: over 5% of the steps, then constant).
 
     Attributes:
         steps: optimizer steps.
         learning_rate: after the warm-up.
         warmup_steps: the first steps, over which it rises linearly.
+        decay: what follows the warm-up.
         max_grad_norm: the gradient's 2-norm is clipped to it.
     """
 
     steps: int
     learning_rate: float
     warmup_steps: int
+    decay: Decay = Decay.CONSTANT
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError("at least 1 step", f"got {self.steps}", "set --steps")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise UserError("a learning rate above 0", f"got {self.learning_rate}", "set --learning-rate")
+        _ = self.rate  # valid once built
 
-    def rate_at(self, step: int) -> float:
-        """The learning rate of step 0, 1, ..."""
-        return self.learning_rate * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+    @property
+    def rate(self) -> LearningRate:
+        """Of each step."""
+        return LearningRate(peak=self.learning_rate, steps=self.steps, warmup_steps=self.warmup_steps, decay=self.decay)
 
 
 class Prefix(StrEnum):
@@ -64,6 +64,17 @@ class Prefix(StrEnum):
     """The teacher did; it is in the cache."""
     STUDENT = "student"
     """The student does, at every step; the teacher scores it live."""
+    MIXED = "mixed"
+    """A stated share of each step's sequences by the student, the rest by the teacher."""
+
+
+class Weighting(StrEnum):
+    """What counts equally in a step's loss."""
+
+    TOKEN = "token"
+    """Every completion token of the step."""
+    SEQUENCE = "sequence"
+    """Every sequence: the mean over sequences of each one's mean over its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +87,10 @@ class Training:
         window: completion tokens of a sequence that are trained on, and that a student writes.
         learning_rate: of AdamW, after a linear warm-up over `warmup_steps`.
         warmup_steps: steps until the learning rate is reached.
+        schedule: what the learning rate does after them: constant or cosine (to 0).
+        weighting: what counts equally in a step's loss: every token or every sequence.
+        gradient_checkpointing: keep the layers' inputs alone and run each layer again in the backward pass: less memory
+            for about a third more FLOPs.
         kl_temperature: divides both sides' logits in the divergence.
         micro_batch_tokens: tokens that go through the student at once; bounds memory and changes no result.
         precision: of the matrix products: bfloat16 (over float32 weights) or float32.
@@ -90,6 +105,9 @@ class Training:
     window: int = 32
     learning_rate: float = 1e-4
     warmup_steps: int = 2
+    schedule: Decay = Decay.CONSTANT
+    weighting: Weighting = Weighting.TOKEN
+    gradient_checkpointing: bool = False
     kl_temperature: float = 1.0
     micro_batch_tokens: int = 4096
     precision: str = "bfloat16"
@@ -105,6 +123,7 @@ class Training:
                 raise UserError(f"{option} {getattr(self, name)}", "it is below 1", "ask for at least 1")
         if not 0 < self.held_out_share < 1:
             raise UserError(f"--held-out-share {self.held_out_share}", "not between 0 and 1", "try 0.2")
+        _ = self.optimisation  # valid once built
 
     @property
     def plan(self) -> BatchPlan:
@@ -117,5 +136,8 @@ class Training:
     def optimisation(self) -> Optimisation:
         """What the optimizer does."""
         return Optimisation(
-            steps=self.steps, learning_rate=self.learning_rate, warmup_steps=min(self.warmup_steps, self.steps)
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup_steps=min(self.warmup_steps, self.steps),
+            decay=self.schedule,
         )

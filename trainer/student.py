@@ -8,7 +8,8 @@ tensor arises here; sequences are packed, so no FLOP goes to padding; what is sa
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,20 @@ class Student:
         tokenizer: saved beside it.
         vocab_size: real tokens; the head's rows from there on are padding and carry no probability.
         precision: bfloat16 (autocast) or float32.
+        gradient_checkpointing: whether each layer is run again in the backward pass instead of being kept.
     """
 
     model: Any
     tokenizer: Any
     vocab_size: int
     precision: torch.dtype = torch.bfloat16
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing:
+            # The backward pass runs the layers again, when packed attention would have been taken off already.
+            how = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), packed_sequences(self.model))}
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -63,7 +72,7 @@ class Student:
 
         The states are rounded to `precision`, in which the head's products are then taken.
         """
-        with packed_sequences(self.model), self._autocast():
+        with packed_sequences(self.model), self._autocast(), self._checkpointed():
             states_1TD = self.model.get_decoder()(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
@@ -80,6 +89,19 @@ class Student:
             vocab_size=self.vocab_size,
         )
 
+    @contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """Transformers checkpoints layers in training mode; theirs alone is switched, so that dropout stays off."""
+        on = self.gradient_checkpointing and torch.is_grad_enabled()
+        layers = self.model.get_decoder().layers if on else ()
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision is torch.float32:
             return nullcontext()
@@ -93,13 +115,16 @@ class Student:
         partial.rename(directory)
 
 
-def load_student(model_dir: Path, *, vocab_size: int, precision: str = "bfloat16") -> Student:
+def load_student(
+    model_dir: Path, *, vocab_size: int, precision: str = "bfloat16", gradient_checkpointing: bool = False
+) -> Student:
     """Load a model directory with float32 weights, on the GPU if torch sees one.
 
     Args:
         model_dir: as written by `save_pretrained`, tokenizer included.
         vocab_size: the teacher's; a student has at least as many rows in its head.
         precision: of the matrix products, `bfloat16` or `float32`.
+        gradient_checkpointing: see `Student`.
 
     Raises:
         UserError: no such model, an unknown precision, or a head smaller than the vocabulary.
@@ -122,5 +147,9 @@ def load_student(model_dir: Path, *, vocab_size: int, precision: str = "bfloat16
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Evaluation mode: a divergence from fixed targets is taken without dropout on either side.
     return Student(
-        model=model.eval().to(device), tokenizer=tokenizer, vocab_size=vocab_size, precision=PRECISIONS[precision]
+        model=model.eval().to(device),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        precision=PRECISIONS[precision],
+        gradient_checkpointing=gradient_checkpointing,
     )

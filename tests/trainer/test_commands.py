@@ -214,8 +214,30 @@ def other_tokenizer(start: Path, tmp_path: Path) -> Path:
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--prefix", "student", "--teacher", s], "was built by"),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--forward-weight", "1.5"], "got 1.5"),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--steps", "0"], "below 1"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--learning-rate", "0"], "--learning-rate, above 0"),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--held-out-share", "0.0001"], "0 held out"),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--checkpoint-every", "0"], "got 0"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--prefix", "mixed"], "no teacher to score"),
+        (
+            lambda c, s, t, tmp: [
+                "distill",
+                c,
+                "--student",
+                s,
+                "--prefix",
+                "mixed",
+                "--teacher",
+                t,
+                "--student-share",
+                "0.3",
+            ],
+            "of 8 sequences that is 2.4",
+        ),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--curriculum", "8", "4"], "ascending windows"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--curriculum", "8", "64"], "at most 12 tokens in the"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--curriculum", "8", "--entropy-floor", "x"], "no number"),
+        (lambda c, s, t, tmp: ["report", tmp / "no-run"], "no metrics.jsonl"),
+        (lambda c, s, t, tmp: ["report"], "name the --out"),
         (lambda c, s, t, tmp: ["grid", c, "--student", s, "--teacher", s], "was built by"),
         (lambda c, s, t, tmp: ["grid", c, "--student", s, "--teacher", t, "--mixes", "1", "2"], "got 2"),
         (lambda c, s, t, tmp: ["grid", c, "--student", s, "--teacher", tmp / "gone"], "gone"),
@@ -250,7 +272,7 @@ def test_debug_shows_the_traceback(start: Path, tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["distill", "grid", "prune"])
+@pytest.mark.parametrize("command", ["distill", "grid", "prune", "report"])
 def test_help_says_what_a_command_costs_and_gives_an_example(command: str) -> None:
     done = trainer(command, "--help")
     assert done.returncode == 0
@@ -269,12 +291,42 @@ def of_steps(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in ("draw_s", "step_s")} for line in lines]
 
 
+CURRICULUM = ["--curriculum", "4", "8", "12", "--entropy-floor", "10%", "--check-every", "3", "--schedule", "cosine"]
+CURRICULUM += ["--forward-weight", "1.0:0.2@6"]
+
+
+def test_a_curriculum_needs_no_teacher_and_is_watched_and_reported(cache: Path, start: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--out", out, *SIZE, *CURRICULUM, "--weighting", "sequence", "--gradient-checkpointing"]
+    done = trainer("distill", cache, "--student", start, *options, "--watch", "tensorboard")
+    assert done.returncode == 0, done.stderr
+    metrics = of_steps(out)
+    assert [line["window"] for line in metrics] == [4, 4, 4, 8, 8, 8]
+    assert [line["decision"] for line in metrics if "decision" in line] == ["start", "raise"]
+    for line in (metrics[0], metrics[3]):
+        assert 0 < line["own_entropy_nats"] < 11
+        assert 0 <= line["own_eos_mass"] <= 1
+        assert 0 <= line["own_truncated_share"] <= 1
+    assert metrics[0]["own_mean_length"] <= 4  # a check judges the window before its decision
+    assert metrics[0]["completion_tokens"] <= 16 < metrics[3]["completion_tokens"]
+    assert metrics[5]["learning_rate"] < metrics[2]["learning_rate"]
+    assert list((out / "tensorboard").iterdir())
+    drawn = trainer("report", out, "--out", tmp_path / "compared", "--json")
+    assert drawn.returncode == 0, drawn.stderr
+    (row,) = json.loads(drawn.stdout)["runs"]
+    assert (row["run"], row["window"]) == ("run", "8")
+    assert (tmp_path / "compared.png").exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("prefix", ["teacher", "student"])
+@pytest.mark.parametrize(
+    ("prefix", "more"), [("teacher", []), ("student", []), ("teacher", CURRICULUM), ("mixed", CURRICULUM)]
+)
 def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(
-    prefix: str, cache: Path, start: Path, tiny_dir: Path, tmp_path: Path
+    prefix: str, more: list[str], cache: Path, start: Path, tiny_dir: Path, tmp_path: Path
 ) -> None:
     options = ["--student", start, "--prefix", prefix, "--teacher", tiny_dir, "--checkpoint-every", "1", *SIZE[2:]]
+    options += more
     command = ["distill", cache, *options, "--steps", "12"]
     assert trainer(*command, "--out", tmp_path / "whole").returncode == 0
     chance, out = random.Random(), tmp_path / "killed"
@@ -291,6 +343,8 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_never_was(
     assert done.returncode == 0, done.stderr
     assert "going on after step " in done.stderr
     assert of_steps(out) == of_steps(tmp_path / "whole")
+    if more:
+        assert [line["window"] for line in of_steps(out)] == [4] * 3 + [8] * 3 + [12] * 6
     for name in ("ledger.json", "start.json", "student/model.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
@@ -339,6 +393,7 @@ def test_what_is_not_exact_is_named_so(tier: str, ending: str, tiers: Path, star
     ("options", "found"),
     [
         (["--targets", "sampled", "--forward-weight", "0"], "a sampled tier, which says nothing of it"),
+        (["--targets", "sampled", "--forward-weight", "1:0.5@10"], "a sampled tier, which says nothing of it"),
         (["--targets", "topk", "--kl-temperature", "2"], "kept at temperature 1"),
         (["--targets", "hidden"], "name one of its tiers"),
     ],

@@ -20,7 +20,8 @@ from trainer.loop import distill
 from trainer.objectives import Objective
 from trainer.prefixes import CachedPrefixes
 from trainer.runs import MetricsLog
-from trainer.settings import BatchPlan, Optimisation
+from trainer.schedules import WeightSchedule
+from trainer.settings import BatchPlan, Optimisation, Weighting
 from trainer.student import Student, load_student
 
 CPU = torch.device("cpu")
@@ -45,6 +46,7 @@ def train(
     forward_weight: float = 1.0,
     steps: int = 3,
     micro_batch_tokens: int = 4096,
+    **options: Any,
 ) -> FlopLedger:
     ledger = FlopLedger()
     plan = BatchPlan(sequences=4, max_completion_tokens=16, micro_batch_tokens=micro_batch_tokens)
@@ -58,6 +60,7 @@ def train(
             optimisation=Optimisation(steps=steps, learning_rate=3e-3, warmup_steps=2),
             ledger=ledger,
             metrics=metrics,
+            **options,
         )
     return ledger
 
@@ -66,13 +69,14 @@ def lines(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("weighting", Weighting)
 def test_micro_batches_change_no_result(
-    other: Student, tiny_dir: Path, reader: Any, head: TeacherHead, tmp_path: Path
+    weighting: Weighting, other: Student, tiny_dir: Path, reader: Any, head: TeacherHead, tmp_path: Path
 ) -> None:
     twin = load_student(tiny_dir, vocab_size=other.vocab_size, precision="float32")
     twin.model.load_state_dict(other.model.state_dict())
-    train(other, reader, head, tmp_path / "whole")
-    train(twin, reader, head, tmp_path / "cut", micro_batch_tokens=1)
+    train(other, reader, head, tmp_path / "whole", weighting=weighting)
+    train(twin, reader, head, tmp_path / "cut", micro_batch_tokens=1, weighting=weighting)
     for whole, cut in zip(lines(tmp_path / "whole"), lines(tmp_path / "cut"), strict=True):
         assert whole["completion_tokens"] == cut["completion_tokens"]
         assert cut["loss_nats"] == pytest.approx(whole["loss_nats"], rel=1e-4)
@@ -80,6 +84,46 @@ def test_micro_batches_change_no_result(
     # Adam's first steps are signs of gradients, so elements whose gradient is rounding noise may differ: compare most.
     for one, two in zip(other.parameters, twin.parameters, strict=True):
         assert float(((one - two).abs() > 1e-4).float().mean()) < 1e-3
+
+
+def test_gradient_checkpointing_changes_memory_and_flops_alone(
+    other: Student, tiny_dir: Path, reader: Any, head: TeacherHead, tmp_path: Path
+) -> None:
+    twin = load_student(tiny_dir, vocab_size=other.vocab_size, precision="float32", gradient_checkpointing=True)
+    twin.model.load_state_dict(other.model.state_dict())
+    runs = 0
+    layer = type(twin.model.get_decoder().layers[0])
+    forward = layer.forward
+
+    def counted(self: Any, *args: Any, **more: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return forward(self, *args, **more)
+
+    kept = train(other, reader, head, tmp_path / "kept")
+    layer.forward = counted
+    try:
+        again = train(twin, reader, head, tmp_path / "again")
+    finally:
+        layer.forward = forward
+    layers = len(twin.model.get_decoder().layers)
+    assert runs == 2 * layers * 3  # each layer twice in each of three steps
+    for one, two in zip(lines(tmp_path / "kept"), lines(tmp_path / "again"), strict=True):
+        assert (one["loss_nats"], one["grad_norm"]) == (two["loss_nats"], two["grad_norm"])
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters, twin.parameters, strict=True))
+    extra = again.by_phase()[Phase.STUDENT_BACKWARD] - kept.by_phase()[Phase.STUDENT_BACKWARD]
+    assert 0 < extra < again.by_phase()[Phase.STUDENT_FORWARD]
+    assert again.by_phase()[Phase.STUDENT_FORWARD] == kept.by_phase()[Phase.STUDENT_FORWARD]
+
+
+def test_schedules_are_followed(other: Student, reader: Any, head: TeacherHead, tmp_path: Path) -> None:
+    train(other, reader, head, tmp_path, steps=4, weights=WeightSchedule.parse("1.0:0.0@2"))
+    metrics = lines(tmp_path)
+    assert [line["forward_weight"] for line in metrics] == [1.0, 0.5, 0.0, 0.0]
+    assert metrics[0]["loss_nats"] == metrics[0]["forward_kl_nats"]
+    assert metrics[3]["loss_nats"] == metrics[3]["reverse_kl_nats"]
+    half = (metrics[1]["forward_kl_nats"] + metrics[1]["reverse_kl_nats"]) / 2
+    assert metrics[1]["loss_nats"] == pytest.approx(half)
 
 
 @pytest.mark.parametrize(("forward_weight", "name"), [(1.0, "forward_kl_nats"), (0.0, "reverse_kl_nats")])

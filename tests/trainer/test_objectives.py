@@ -8,7 +8,9 @@ import torch
 import kernels
 from kernels import DenseTargets, LinearHead, SampledTargets, TopKTargets
 from logitcache.errors import UserError
-from trainer.objectives import Objective, token_mean
+from trainer.batch import Batch
+from trainer.objectives import Objective, step_mean, token_mean
+from trainer.settings import Weighting
 
 
 @pytest.fixture
@@ -86,3 +88,21 @@ def test_the_mean_is_over_the_tokens_of_the_step() -> None:
     loss = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     parts = token_mean(loss[:2], 5) + token_mean(loss[2:], 5)
     assert float(parts) == pytest.approx(3.0)
+
+
+def test_weighting_by_hand() -> None:
+    """Two sequences in one micro-batch (completions of 1 and 3 tokens), one of 2 tokens in another."""
+
+    def batch(lengths: tuple[int, ...], rows: list[int]) -> Batch:
+        ids = torch.zeros(sum(lengths), dtype=torch.long)
+        none = DenseTargets(log_probs=torch.zeros(len(rows), 2))
+        return Batch(
+            input_ids=ids, position_ids=ids, sequence_lengths=lengths, rows=torch.tensor(rows), targets=none,
+            sample_ids=("",) * len(lengths),
+        )  # fmt: skip
+
+    step = [batch((3, 4), [2, 4, 5, 6]), batch((5,), [3, 4])]
+    losses = [torch.tensor([6.0, 1.0, 2.0, 6.0]), torch.tensor([2.0, 4.0])]
+    for weighting, mean in ((Weighting.TOKEN, 21 / 6), (Weighting.SEQUENCE, (6 + 3 + 3) / 3)):
+        parts = [step_mean(loss, one, step, weighting) for loss, one in zip(losses, step, strict=True)]
+        assert float(sum(parts)) == pytest.approx(mean)

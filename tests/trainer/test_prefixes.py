@@ -16,7 +16,7 @@ from logitcache.scorers.hf import HFEngine, engine_for
 from logitcache.scoring import Sampling
 from trainer.batch import Batch, TeacherHead
 from trainer.flops import FlopLedger, Phase
-from trainer.prefixes import CachedPrefixes, OnPolicyPrefixes, prompts_of
+from trainer.prefixes import CachedPrefixes, MixedPrefixes, OnPolicyPrefixes, PrefixSource, prompts_of, shares
 from trainer.settings import BatchPlan
 from trainer.split import is_held_out, split_by_problem
 from trainer.student import Student
@@ -48,12 +48,15 @@ def drawn(batches: list[Batch]) -> list[tuple[str, ...]]:
     return [batch.sample_ids for batch in batches]
 
 
-@pytest.mark.parametrize("kind", ["cached", "on policy"])
+@pytest.mark.parametrize("kind", ["cached", "on policy", "mixed"])
 def test_a_restored_source_goes_on_as_if_nothing_happened(
     kind: str, reader: Any, student: Student, teacher: HFEngine, scored: list[ScoredSequence], head: TeacherHead
 ) -> None:
-    def make() -> CachedPrefixes | OnPolicyPrefixes:
-        return cached(reader, head) if kind == "cached" else on_policy(student, teacher, scored, head)
+    def make() -> PrefixSource:
+        if kind == "cached":
+            return cached(reader, head)
+        own = on_policy(student, teacher, scored, head)
+        return own if kind == "on policy" else MixedPrefixes(teacher=cached(reader, head), student=own)
 
     whole, ledger = make(), FlopLedger()
     expected = [drawn(whole.draw(step, ledger)) for step in range(4)]
@@ -122,3 +125,44 @@ def test_the_split_depends_on_the_problem_alone() -> None:
 def test_an_empty_side_is_an_error() -> None:
     with pytest.raises(UserError, match="0 held out"):
         split_by_problem(["a"], 1e-9)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0, 1.5, float("nan")])
+def test_a_share_that_is_no_number_of_sequences_is_refused(share: float) -> None:
+    with pytest.raises(UserError, match="--student-share"):
+        shares(PLAN, share)
+
+
+def test_shares_add_up() -> None:
+    theirs, own = shares(PLAN, 1 / 3)
+    assert (theirs.sequences, own.sequences) == (2, 1)
+
+
+def test_another_window_holds_from_the_next_draw_on(
+    student: Student, teacher: HFEngine, scored: list[ScoredSequence], head: TeacherHead
+) -> None:
+    """Also where batches of the old window were read ahead; the order stays."""
+    windows: list[int | None] = []
+
+    class Reader:
+        def __len__(self) -> int:
+            return len(scored)
+
+        def read(self, indices: Any, *, max_completion_tokens: int | None = None, **_: Any) -> list[ScoredSequence]:
+            windows.append(max_completion_tokens)
+            return [scored[index] for index in indices]
+
+    ledger = FlopLedger()
+    fixed, changed = cached(Reader(), head), cached(Reader(), head)
+    expected = [drawn(fixed.draw(step, ledger)) for step in range(3)]
+    fixed.close()
+    found = [drawn(changed.draw(0, ledger))]
+    changed.use_window(20)
+    windows.clear()
+    found += [drawn(changed.draw(step, ledger)) for step in (1, 2)]
+    changed.close()
+    assert found == expected
+    assert set(windows) == {20}
+    own = on_policy(student, teacher, scored, head)
+    own.use_window(3)
+    assert sum(batch.target_rows for batch in own.draw(0, ledger)) <= 3 * PLAN.sequences

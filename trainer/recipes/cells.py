@@ -16,7 +16,9 @@ from trainer.flops import FlopLedger
 from trainer.loop import distill
 from trainer.objectives import Objective
 from trainer.prefixes import PrefixSource
+from trainer.recipes.windows import GatedWindows
 from trainer.runs import MetricsLog, write_json
+from trainer.schedules import WeightSchedule
 from trainer.settings import Training
 from trainer.student import Student
 
@@ -25,11 +27,18 @@ ENGINE_MODULE = "logitcache.scorers.hf"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CellRun:
-    """What one cell's run needs: where it writes, its checkpoints if it has any, and who is told of every step."""
+    """What one cell's run needs: where it writes, who is told of every step, and what it has besides.
+
+    Attributes:
+        checkpoints, weights: see `trainer.loop.distill`.
+        windows: the curriculum; None keeps the source's window.
+    """
 
     directory: Path
     on_step: Callable[[dict[str, Any]], None]
     checkpoints: Checkpoints | None = None
+    weights: WeightSchedule | None = None
+    windows: GatedWindows | None = None
 
 
 def run_cell(
@@ -44,6 +53,9 @@ def run_cell(
 ) -> tuple[dict[str, Any], FlopLedger]:
     """Train and measure; writes `metrics.jsonl` and `ledger.json`. Returns the cell's result and its ledger."""
     ledger = FlopLedger()
+    gated: dict[str, Any] = {}
+    if run.windows is not None:
+        gated = {"check": run.windows.check, "stateful": {"curriculum": run.windows.curriculum}}
     with MetricsLog(run.directory / "metrics.jsonl") as metrics:
         trained = distill(
             student=student,
@@ -52,8 +64,11 @@ def run_cell(
             optimisation=training.optimisation,
             ledger=ledger,
             metrics=metrics,
+            weights=run.weights,
+            weighting=training.weighting,
             checkpoints=run.checkpoints,
             on_step=run.on_step,
+            **gated,
         )
     # Asked before anything else could load one: was the teacher's engine in this process while the cell trained?
     engine_imported = ENGINE_MODULE in sys.modules

@@ -13,24 +13,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from logitcache.errors import UserError
 from logitcache.flops import ModelShape
 from logitcache.identity import require_same_teacher, resolve_model, tokenizer_fingerprint
-from logitcache.records import Origin
-from logitcache.scoring import Sampling, Scorer
+from logitcache.scoring import Generator, Prompt, Sampling
 from logitcache.store import Reader, open_cache
 from trainer.batch import Batch, TeacherHead, collate, micro_batches, teacher_head
 from trainer.prefixes import CachedPrefixes, OnPolicyPrefixes, prompts_of
 from trainer.provenance import commit, device_name, versions
-from trainer.settings import Training
+from trainer.rollouts import reconciled_stop_ids, stops_used, student_generator
+from trainer.settings import BatchPlan, Training
 from trainer.split import Split, split_by_problem
 from trainer.student import Student, load_student
 
 KINDS = ("hidden", "full", "topk", "sampled")
 """Kinds of tiers, the one that says most first."""
 EXACT = ("hidden", "full")
+STOPS_FROM = 1000
+"""Cached completions that a teacher's stop tokens are read off."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,8 +74,17 @@ class CacheData:
 class LiveTeacher:
     """The cache's teacher in memory, for scoring what students write."""
 
-    scorer: Scorer
+    scorer: Any
+    """An engine: a `Scorer` that also knows its stop tokens."""
     shape: ModelShape
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Writer:
+    """A student that writes, and the tokens that end what it writes: its own stop tokens and the teacher's."""
+
+    generator: Generator
+    stop_ids: frozenset[int]
 
 
 def open_data(cache_url: str, student_dir: Path, training: Training, *, targets: str | None = None) -> CacheData:
@@ -141,7 +150,12 @@ def configuration(
 
 def open_student(data: CacheData, student_dir: Path, training: Training) -> Student:
     """The student before its first step."""
-    return load_student(student_dir, vocab_size=data.vocab_size, precision=training.precision)
+    return load_student(
+        student_dir,
+        vocab_size=data.vocab_size,
+        precision=training.precision,
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
 
 
 def require_teacher(teacher: str, data: CacheData) -> None:
@@ -169,37 +183,53 @@ def held_out_batches(data: CacheData, student: Student, training: Training) -> l
     return [collate(part, head, student.device) for part in micro_batches(scored, training.micro_batch_tokens)]
 
 
-def cached_source(data: CacheData, student: Student, training: Training) -> CachedPrefixes:
-    """The teacher's text, from the cache alone."""
+def held_out_prompts(data: CacheData, training: Training) -> list[Prompt]:
+    """The prompts of the held-out sequences that are measured on."""
+    return prompts_of(data.reader.read_tokens(data.split.held_out[: training.held_out_sequences]))
+
+
+def student_writer(data: CacheData, student: Student, teacher: LiveTeacher | None) -> Writer:
+    """The student's generator; without the teacher, its stop tokens are those that ended its cached completions."""
+    if teacher is None:
+        ids = stops_used(data.reader.read_tokens(data.split.train[:STOPS_FROM]))
+    else:
+        ids = teacher.scorer.stop_ids
+    stop_ids = reconciled_stop_ids(student, ids)
+    return Writer(generator=student_generator(student, stop_ids=stop_ids), stop_ids=stop_ids)
+
+
+def cached_source(
+    data: CacheData, student: Student, training: Training, plan: BatchPlan | None = None
+) -> CachedPrefixes:
+    """The teacher's text, from the cache alone; `plan` in place of the training's."""
     return CachedPrefixes(
         reader=data.reader,
         indices=data.split.train,
         head=_head(data.reader, student),
-        plan=training.plan,
+        plan=plan or training.plan,
         seed=training.seed,
         device=student.device,
     )
 
 
 def on_policy_source(
-    data: CacheData, student: Student, training: Training, teacher: LiveTeacher, sampling: Sampling
+    data: CacheData,
+    student: Student,
+    training: Training,
+    teacher: LiveTeacher,
+    sampling: Sampling,
+    *,
+    generator: Generator,
+    plan: BatchPlan | None = None,
 ) -> OnPolicyPrefixes:
-    """The student's text, scored live, on the cache's training prompts."""
-    from logitcache.scorers.hf import engine_for
-
-    generator = engine_for(
-        student.model,
-        student.tokenizer,
-        origin=Origin.STUDENT,
-        autocast=None if student.precision is torch.float32 else student.precision,
-    )
+    """The student's text, scored live, on the cache's training prompts; `plan` in place of the training's."""
     return OnPolicyPrefixes(
         generator=generator,
         scorer=teacher.scorer,
         prompts=prompts_of(data.reader.read_tokens(data.split.train)),
         sampling=sampling,
         head=teacher_head(teacher.scorer.head, student.device),
-        plan=training.plan,
+        plan=plan or training.plan,
         student_shape=student.shape,
         teacher_shape=teacher.shape,
         seed=training.seed,

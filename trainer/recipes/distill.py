@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +14,34 @@ from logitcache.errors import UserError
 from logitcache.scoring import Sampling
 from trainer.batch import Batch
 from trainer.checkpoint import Checkpoints, remove_leftovers
+from trainer.curriculum import Curriculum, CurriculumPlan
 from trainer.evaluate import HeldOut, evaluate
 from trainer.flops import FlopLedger
 from trainer.objectives import Objective, require_served
+from trainer.prefixes import MixedPrefixes, PrefixSource, shares
 from trainer.recipes.cells import CellRun, flops_of, run_cell, show_step
 from trainer.recipes.data import (
+    EXACT,
+    CacheData,
+    LiveTeacher,
+    Writer,
     cached_source,
     configuration,
     held_out_batches,
+    held_out_prompts,
     load_live_teacher,
     on_policy_source,
     open_data,
     open_student,
     require_teacher,
+    student_writer,
 )
+from trainer.recipes.windows import GatedWindows
 from trainer.runs import open_run, write_json
+from trainer.schedules import WeightSchedule
 from trainer.settings import Prefix, Training
 from trainer.student import Student
+from trainer.watch import Watch, require_watch, watching
 
 
 def run_distill(
@@ -38,11 +50,14 @@ def run_distill(
     student_dir: Path,
     out: Path,
     prefix: Prefix,
-    forward_weight: float,
+    weights: WeightSchedule,
     teacher: str | None,
     training: Training,
     sampling: Sampling,
     targets: str | None = None,
+    student_share: float = 0.5,
+    curriculum: CurriculumPlan | None = None,
+    watch: Sequence[Watch] = (),
     checkpoint_every: int = 100,
     keep: int = 2,
 ) -> dict[str, Any]:
@@ -53,32 +68,52 @@ def run_distill(
         student_dir: the model to start from.
         out: a new directory, or that of the same run, which goes on from its newest checkpoint.
         prefix: who writes the text; `teacher` trains from the cache alone.
-        forward_weight: 1 forward KL, 0 reverse KL.
-        teacher: the model that built the cache; needed for student prefixes, unused otherwise.
+        weights: of forward KL over the steps: 1 forward KL, 0 reverse KL.
+        teacher: the model that built the cache; needed for student and mixed prefixes, unused otherwise.
         training: see `Training`.
         sampling: how the student writes.
         targets: the tier to train on; None for the one that says most. Student prefixes are scored live, exactly.
+        student_share: mixed prefixes: of each step's sequences.
+        curriculum: in place of the training's window, which becomes the ladder's longest; held-out numbers are taken up
+            to that.
+        watch: where the metrics go besides `metrics.jsonl`.
         checkpoint_every: steps between checkpoints; `keep` of them stay.
         keep: checkpoints that stay.
 
     Raises:
         UserError: see the functions called; nothing is written before the inputs are sound.
     """
-    if prefix is Prefix.STUDENT and teacher is None:
-        raise UserError("student prefixes", "no teacher to score them", "name it with --teacher")
-    objective = Objective(forward_weight=forward_weight, temperature=training.kl_temperature, backend=training.backend)
+    require_watch(watch)
+    if prefix is not Prefix.TEACHER and teacher is None:
+        raise UserError(f"{prefix} prefixes", "no teacher to score them", "name it with --teacher")
+    if prefix is Prefix.MIXED:
+        shares(training.plan, student_share)
+    if curriculum is not None:
+        training = replace(training, window=curriculum.lengths[-1])
+    objective = Objective(forward_weight=weights.at(0), temperature=training.kl_temperature, backend=training.backend)
     checkpoints = Checkpoints(directory=out / "checkpoints", every=checkpoint_every, keep=keep)
     data = open_data(cache_url, student_dir, training, targets=targets)
-    if prefix is Prefix.TEACHER:
-        require_served(objective, data.kind)
+    if prefix is not Prefix.STUDENT:
+        written = data.reader.identity["sampling"]["max_new_tokens"]
+        if curriculum is not None and curriculum.lengths[-1] > written:
+            found = f"completions of at most {written} tokens in the cache"
+            raise UserError(f"--curriculum up to {curriculum.lengths[-1]}", found, f"end the ladder at {written}")
+        for weight in (weights.start, weights.end):
+            require_served(replace(objective, forward_weight=weight), data.kind)
+        if prefix is Prefix.MIXED and data.kind not in EXACT:
+            found = f"{data.kind} targets of the cache, which no metric may mix with the teacher's exact ones"
+            raise UserError("mixed prefixes", found, "train from hidden states or full vocabularies")
         note(f"targets: tier {data.reader.tier} ({data.kind}); measured on tier {data.measured.tier}")
     student = open_student(data, student_dir, training)
     live = None
-    if prefix is Prefix.STUDENT and teacher is not None:
+    if prefix is not Prefix.TEACHER and teacher is not None:
         require_teacher(teacher, data)
         live = load_live_teacher(teacher, data)
     config = configuration("distill", data, student_dir, training, sampling)
-    if open_run(out, {**config, "prefix": str(prefix), "objective": asdict(objective)}):
+    config |= {"prefix": str(prefix), "objective": asdict(objective), "forward_weight": str(weights)}
+    config |= {"student_share": student_share if prefix is Prefix.MIXED else None}
+    config |= {"curriculum": None if curriculum is None else asdict(curriculum)}
+    if open_run(out, config):
         if (out / "result.json").exists():
             note(f"{out} is done already")
             finished: dict[str, Any] = json.loads((out / "result.json").read_text())
@@ -87,13 +122,31 @@ def run_distill(
         remove_leftovers(out)
     held_out = held_out_batches(data, student, training)
     before = _measured_before(student, held_out, training, out / "start.json")
-    source = (
-        cached_source(data, student, training)
-        if live is None
-        else on_policy_source(data, student, training, live, sampling)
-    )
-    with Progress("distill", training.steps, "steps") as progress:
-        progress.add(checkpoints.latest() or 0)
+    writer = None if live is None and curriculum is None else student_writer(data, student, live)
+    source = _source(prefix, data, student, training, sampling, live, writer, student_share)
+    windows = None
+    if curriculum is not None and writer is not None:
+        windows = GatedWindows(
+            curriculum=Curriculum(curriculum),
+            source=source,
+            student=student,
+            writer=writer,
+            prompts=held_out_prompts(data, training),
+            sampling=replace(sampling, seed=training.seed),
+            micro_batch_tokens=training.micro_batch_tokens,
+        )
+    first = checkpoints.latest() or 0
+    with (
+        watching(watch, out, config, first_step=first) as sinks,
+        Progress("distill", training.steps, "steps") as progress,
+    ):
+        progress.add(first)
+
+        def on_step(line: dict[str, Any]) -> None:
+            show_step(progress, line)
+            for sink in sinks:
+                sink.write(line)
+
         result, ledger = run_cell(
             student=student,
             source=source,
@@ -101,11 +154,12 @@ def run_distill(
             training=training,
             held_out=held_out,
             before=before,
-            run=CellRun(directory=out, on_step=lambda line: show_step(progress, line), checkpoints=checkpoints),
+            run=CellRun(directory=out, on_step=on_step, checkpoints=checkpoints, weights=weights, windows=windows),
         )
-    build_flops = data.build_flops if live is None else 0
+    from_cache = prefix is not Prefix.STUDENT
+    build_flops = data.build_flops if from_cache else 0
     result = {
-        "targets": data.reader.tier if live is None else None,
+        "targets": data.reader.tier if from_cache else None,
         "flops": flops_of(ledger, build_flops=build_flops, students=1),
         **result,
     }
@@ -113,6 +167,27 @@ def run_distill(
     student.save(out / "student")
     write_json(out / "result.json", result)
     return result
+
+
+def _source(
+    prefix: Prefix,
+    data: CacheData,
+    student: Student,
+    training: Training,
+    sampling: Sampling,
+    live: LiveTeacher | None,
+    writer: Writer | None,
+    student_share: float,
+) -> PrefixSource:
+    if live is None or writer is None:
+        return cached_source(data, student, training)
+    if prefix is Prefix.STUDENT:
+        return on_policy_source(data, student, training, live, sampling, generator=writer.generator)
+    cached, own = shares(training.plan, student_share)
+    return MixedPrefixes(
+        teacher=cached_source(data, student, training, cached),
+        student=on_policy_source(data, student, training, live, sampling, generator=writer.generator, plan=own),
+    )
 
 
 def _measured_before(student: Student, held_out: list[Batch], training: Training, file: Path) -> HeldOut:

@@ -33,6 +33,7 @@ from trainer.recipes.data import (
     open_data,
     open_student,
     require_teacher,
+    student_writer,
 )
 from trainer.report import require_plotting, write_report
 from trainer.runs import PROVENANCE, new_run_dir, write_json
@@ -199,4 +200,5 @@ class _Grid:
     def _source(self, student: Student, live: LiveTeacher | None) -> PrefixSource:
         if live is None:
             return cached_source(self.data, student, self.training)
-        return on_policy_source(self.data, student, self.training, live, self.sampling)
+        generator = student_writer(self.data, student, live).generator
+        return on_policy_source(self.data, student, self.training, live, self.sampling, generator=generator)
