@@ -25,6 +25,8 @@ ATTEMPTS = 5
 """Tries of one request; the waits between them double from `FIRST_WAIT_S`."""
 FIRST_WAIT_S = 0.1
 PUTS_AT_ONCE = 8
+S3_DEFAULTS = {"config_kwargs": {"max_pool_connections": 64}}
+"""botocore's own 10 connections would have most requests of a batch wait for one another."""
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _PERMANENT = (*_ABSENT, TypeError, ImportError, NotImplementedError)
 
@@ -158,8 +160,9 @@ class RemotePlace:
             if os.getpid() not in self._opened:
                 import fsspec
 
+                defaults = S3_DEFAULTS if self.url.startswith(("s3://", "s3a://")) else {}
                 try:
-                    fs, root = fsspec.core.url_to_fs(self.url, **self.storage_options)
+                    fs, root = fsspec.core.url_to_fs(self.url, **{**defaults, **self.storage_options})
                 except (ValueError, ImportError) as error:
                     raise UserError(f"open {self.shown}", redact(str(error)), "check the URL, install it") from error
                 self._opened[os.getpid()] = fs, root.rstrip("/")
