@@ -1,4 +1,4 @@
-"""The `logitcache` command: prepare problems; build, look at and check caches.
+"""The `logitcache` command: prepare problems; build, look at, check and serve caches.
 
 Guarantees: exit code 0 only when what was asked is done; an error is one line on standard error that says what was
 asked, what was found and what to do. Engines are imported by the commands that need one.
@@ -7,6 +7,7 @@ asked, what was found and what to do. Engines are imported by the commands that 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
@@ -203,6 +204,50 @@ def export(
     with Progress("export", 1, "sequences") as progress:
         sequences = export_parquet(url, targets, out, progress=progress.reach)
     answer({"out": out, "format": to, "sequences": sequences}, f"{out}: {sequences:,} sequences", as_json=json)
+
+
+@app.command
+def serve(
+    urls: list[str],
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8815,
+    tokens: Path | None = None,
+    tls_certificate: Path | None = None,
+    tls_key: Path | None = None,
+    streams: int = 16,
+    json: bool = False,
+) -> int:
+    """Let students elsewhere read caches over Arrow Flight, until SIGTERM: exit code 0 if every stream was sent.
+
+    Costs one core for each student that reads as fast as it can, less where the student decodes. A student opens
+    `grpc://HOST:PORT/NAME` where it would open a cache's URL, with its token in LOGITCACHE_TOKEN.
+
+    Example: logitcache serve runs/demo/cache math=s3://bucket/cache --host 0.0.0.0 --tokens tokens.txt
+
+    Args:
+        urls: sealed caches, named by the last part of their URL, or as NAME=URL.
+        host: address to listen on; others than this machine's own need `--tokens`.
+        port: to listen on; 0 takes a free one.
+        tokens: file with a line `TOKEN CACHE...` for each bearer token, or `TOKEN *`.
+        tls_certificate: certificate chain, PEM; students then open `grpc+tls://HOST:PORT/NAME`.
+        tls_key: its private key, PEM.
+        streams: sent at once; more wait.
+        json: print one JSON object once requests are taken.
+    """
+    from logitcache.service.limits import Limits
+    from logitcache.service.run import run_server
+
+    if (tls_certificate is None) != (tls_key is None):
+        raise UserError("serve with TLS", "one of certificate and key is missing", "give both")
+    tls = None if tls_certificate is None or tls_key is None else (tls_certificate, tls_key)
+
+    def ready(location: str) -> None:
+        answer({"location": location}, f"serving at {location}; Ctrl-C ends it", as_json=json)
+
+    limits = Limits(streams=streams)
+    return 0 if run_server(urls, host=host, port=port, tokens=tokens, tls=tls, limits=limits, ready=ready) else 1
 
 
 def main() -> None:

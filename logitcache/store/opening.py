@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from logitcache.codecs import codec_from_config
 from logitcache.errors import DamagedError, IdentityError, UserError
@@ -22,6 +22,9 @@ from logitcache.store.place import Place, Source, open_place
 from logitcache.store.reader import INDEX_MEMORY_BYTES, Reader
 from logitcache.store.tiers import CodecFactory
 from logitcache.store.writer import Store
+
+SERVED = ("grpc://", "grpc+tls://")
+"""URLs of caches behind a server (docs/service.md)."""
 
 
 def create(
@@ -86,11 +89,12 @@ def open_cache(
     """Open a cache to read.
 
     Args:
-        url: a path or any URL that fsspec can read.
+        url: a path or any URL that fsspec can read; or `grpc://HOST:PORT/NAME`, `grpc+tls://...` for a served cache,
+            whose `FlightReader` takes a reader's place.
         targets: a tier by name, or by kind where one tier alone is of that kind; None for tokens alone.
         tokenizer: fingerprint that the cache's tokenizer must have; None to leave it unchecked.
         committed: read what is committed now, sealed or not: only whole units, with targets where a tier is asked for.
-        storage_options: for fsspec.
+        storage_options: for fsspec, or of `logitcache.service.opening.open_served`.
         codec_factory: rebuilds the tier's codec.
         index_memory_bytes: bound on the part indexes kept in memory.
         disk_cache: where to keep what is read from a remote place; None to keep nothing.
@@ -100,9 +104,20 @@ def open_cache(
         DamagedError: the manifest or the identity is damaged.
         UserError: no cache there, not sealed, no such tier, a newer format version.
     """
+    if url.startswith(SERVED):
+        try:
+            from logitcache.service.opening import open_served
+        except ImportError as error:
+            raise UserError(f"open {url}", str(error), "pip install 'logitcache[service]'") from error
+        if committed or disk_cache is not None:
+            raise UserError(f"open {url}", "got committed or disk_cache", "open what the server has, which is sealed")
+        served = open_served(
+            url, targets=targets, tokenizer=tokenizer, storage_options=storage_options, codec_factory=codec_factory
+        )
+        return cast(Reader, served)  # its twin, method for method
     place = open_place(url, storage_options)
     identity, digest = read_identity(place)
-    _require_tokenizer(place, identity, tokenizer)
+    require_tokenizer(place.shown, identity, tokenizer)
     manifest = _committed_manifest(place, targets) if committed else read_manifest(place)
     if manifest is None:
         units = len(list_committed(place).sequences)
@@ -117,7 +132,7 @@ def open_cache(
         source=source,
         manifest=manifest,
         identity=identity,
-        tier=None if targets is None else _tier_named(place.shown, manifest, targets),
+        tier=None if targets is None else tier_named(place.shown, manifest, targets),
         codec_factory=codec_factory,
         index_memory_bytes=index_memory_bytes,
     )
@@ -174,10 +189,11 @@ def _read_or_none(place: Place, name: str) -> bytes | None:
         return None
 
 
-def _require_tokenizer(place: Place, identity: Mapping[str, Any], fingerprint: str | None) -> None:
+def require_tokenizer(shown: str, identity: Mapping[str, Any], fingerprint: str | None) -> None:
+    """Raise IdentityError unless the cache's tokenizer has that fingerprint; None leaves it unchecked."""
     have = (identity.get("tokenizer") or {}).get("fingerprint")
     if fingerprint is not None and fingerprint != have:
-        asked = f"read {place.shown} with tokenizer {fingerprint}"
+        asked = f"read {shown} with tokenizer {fingerprint}"
         raise IdentityError(asked, f"the cache's is {have}", "use a student with the teacher's tokenizer")
 
 
@@ -186,12 +202,13 @@ def _committed_manifest(place: Place, targets: str | None) -> Manifest:
     if targets is None:
         return consolidate(place, committed, committed.sequences, [])
     everything = consolidate(place, committed, (), sorted(committed.targets))
-    tier = _tier_named(place.shown, everything, targets)
+    tier = tier_named(place.shown, everything, targets)
     units = sorted(set(committed.sequences) & set(committed.targets[tier]))
     return consolidate(place, committed, units, [tier])
 
 
-def _tier_named(shown: str, manifest: Manifest, targets: str) -> str:
+def tier_named(shown: str, manifest: Manifest, targets: str) -> str:
+    """The tier of that name, or the only one of that kind. Raises UserError."""
     of_kind = [name for name, tier in manifest.tiers.items() if tier.kind == targets]
     if targets in manifest.tiers:
         return targets

@@ -1,0 +1,142 @@
+"""A client's line to one server: dialled when needed, dialled again when it breaks.
+
+Guarantees: what the server refuses is raised as it was meant, at once; what another attempt may cure (a server that
+restarts, is busy, or hangs up) is asked again after growing random pauses, for `patience_s`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.flight as flight
+from tenacity import (
+    RetryCallState,
+    RetryError,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from logitcache.errors import UserError
+from logitcache.service.refusals import LOG, from_flight
+
+LOST = (
+    flight.FlightUnavailableError,
+    flight.FlightCancelledError,
+    flight.FlightTimedOutError,
+    flight.FlightInternalError,
+)
+"""Failures that another attempt may cure."""
+_LONGEST_PAUSE_S = 2.0
+_CHANNEL = [  # a channel of its own, so that dialling again is not held up by gRPC's minutes of back-off
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_DIALLED: list[int] = []
+"""The process that dialled first. gRPC's threads are not in a fork of it, where every call would hang."""
+_Found = TypeVar("_Found")
+Attempt = Callable[[flight.FlightClient, flight.FlightCallOptions], _Found]
+
+
+class _Passing(Exception):
+    """An attempt that another one may better."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Connection:
+    """Thread-safe; pickles as its arguments.
+
+    Attributes:
+        location: `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`.
+        token: sent as a bearer token.
+        tls_roots: certificates to trust, PEM; None for the system's.
+        timeout_s: the longest that one request may take.
+        patience_s: how long to go on asking while nothing comes.
+    """
+
+    location: str
+    token: str | None = field(default=None, repr=False)
+    tls_roots: bytes | None = field(default=None, repr=False)
+    timeout_s: float = 600.0
+    patience_s: float = 60.0
+    _clients: list[flight.FlightClient] = field(default_factory=list, init=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
+        return partial(Connection, **fields), ()
+
+    def ask(self, attempt: Attempt[_Found]) -> _Found:
+        """What an attempt returns, made again while it ends in `LOST`.
+
+        Raises:
+            UserError, DamagedError, IdentityError: what the server refuses with; UserError if there is no answer.
+        """
+        retrying = Retrying(
+            retry=retry_if_exception_type(_Passing),
+            stop=stop_after_delay(self.patience_s),
+            wait=wait_random_exponential(multiplier=0.1, max=_LONGEST_PAUSE_S),
+            before_sleep=self._tell,
+        )
+        try:
+            return retrying(self._attempt, attempt)
+        except RetryError as error:
+            found = str(error.last_attempt.exception())
+            asked = f"read from {self.location}"
+            raise UserError(asked, f"no answer for {self.patience_s:g} s ({found})", "start the server") from error
+
+    def _attempt(self, attempt: Attempt[_Found]) -> _Found:
+        client = self._dial()
+        headers = [] if self.token is None else [(b"authorization", f"Bearer {self.token}".encode())]
+        try:
+            return attempt(client, flight.FlightCallOptions(timeout=self.timeout_s, headers=headers))
+        except LOST as error:
+            refusal = from_flight(error)
+            if refusal is None:
+                self._hang_up(client)
+            raise _Passing(_first_words(error) if refusal is None else refusal.found) from error
+        except (flight.FlightError, pa.ArrowException, OSError) as error:
+            refusal = from_flight(error)
+            if refusal is not None:
+                raise refusal from None
+            asked = f"read from {self.location}"
+            raise UserError(asked, _first_words(error), "check that a server of this version runs there") from error
+
+    def _dial(self) -> flight.FlightClient:
+        if _DIALLED and _DIALLED[0] != os.getpid():
+            found = "this process is a fork of one that has read from a server, which gRPC does not survive"
+            raise UserError(f"read from {self.location}", found, "start it with multiprocessing_context='spawn'")
+        with self._lock:
+            if not self._clients:
+                _DIALLED[:] = [os.getpid()]
+                roots = {} if self.tls_roots is None else {"tls_root_certs": self.tls_roots}
+                try:
+                    self._clients.append(flight.FlightClient(self.location, generic_options=_CHANNEL, **roots))
+                except (pa.ArrowException, ValueError) as error:
+                    do = "write grpc://HOST:PORT/NAME"
+                    raise UserError(f"a server at {self.location}", _first_words(error), do) from error
+            return self._clients[0]
+
+    def _hang_up(self, client: flight.FlightClient) -> None:
+        """Forget a client; what other threads still read from it fails or ends by itself."""
+        with self._lock:
+            if self._clients == [client]:
+                self._clients.clear()
+
+    def _tell(self, state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome is not None:
+            LOG.warning("no answer from %s (%s): asking again", self.location, state.outcome.exception())
+
+
+def _first_words(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0].partition(". Detail:")[0][:200] or type(error).__name__

@@ -1,0 +1,122 @@
+"""What a client may ask for, as JSON: the only thing of a client's that the server ever interprets.
+
+Guarantees: a request that parses names a cache and a tier (never a path), lies within the limits, and says of which
+content it speaks: a server that has another manifest by then refuses it, so a stream is never continued on other data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from logitcache.errors import UserError
+
+MAX_REQUEST_BYTES = 1 << 20
+MAX_SEQUENCES = 1 << 16
+"""In one request; a client cuts longer ones up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsRequest:
+    """Sequences by index, with a tier's targets or none, cut to a window as `Reader.read` does.
+
+    Attributes:
+        cache: its name in the catalogue.
+        manifest: digest of its content.
+        tier: None for tokens alone.
+        indices: in the order they are wanted; one may come twice.
+        first: completion token where each window starts.
+        limit: rows of a window; None for all that follow.
+        encoded: send the codec's own arrays, for the client to decode.
+    """
+
+    cache: str
+    manifest: str
+    tier: str | None
+    indices: tuple[int, ...]
+    first: int = 0
+    limit: int | None = None
+    encoded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesRequest:
+    """The table of all sequences."""
+
+    cache: str
+    manifest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedRequest:
+    """One array that a tier's codec keeps once."""
+
+    cache: str
+    manifest: str
+    tier: str
+    array: str
+
+
+Request = RowsRequest | SamplesRequest | SharedRequest
+_KINDS: dict[str, type[Request]] = {"rows": RowsRequest, "samples": SamplesRequest, "shared": SharedRequest}
+
+
+def to_bytes(request: Request) -> bytes:
+    """A request as the ticket of `do_get`."""
+    kind = next(name for name, cls in _KINDS.items() if isinstance(request, cls))
+    return json.dumps({"get": kind, **vars(request)}, separators=(",", ":")).encode()
+
+
+def parse_request(data: bytes) -> Request:
+    """The request in a ticket. Raises UserError unless it is one, with every field and no other."""
+    fields = parse_object(data)
+    kind = fields.pop("get", None)
+    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise malformed(f"get is not one of {', '.join(_KINDS)}")
+    if fields.keys() != cls.__dataclass_fields__.keys():
+        raise malformed(f"{kind} takes exactly {', '.join(cls.__dataclass_fields__)}")
+    _check_names(fields)
+    if cls is not RowsRequest:
+        return cls(**fields)
+    indices = fields["indices"]
+    if not isinstance(indices, list) or len(indices) > MAX_SEQUENCES or not all(_count(item) for item in indices):
+        raise malformed(f"indices are not a list of at most {MAX_SEQUENCES:,} counts")
+    if not _count(fields["first"]) or not (fields["limit"] is None or _count(fields["limit"])):
+        raise malformed("first and limit are not counts")
+    if not isinstance(fields["encoded"], bool):
+        raise malformed("encoded is not true or false")
+    return RowsRequest(**{**fields, "indices": tuple(indices)})
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """A JSON object from a client. Raises UserError unless it is one of an acceptable size."""
+    if len(data) > MAX_REQUEST_BYTES:
+        raise malformed(f"{len(data):,} bytes are more than {MAX_REQUEST_BYTES:,}")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise malformed("it is not JSON") from error
+    if not isinstance(value, dict):
+        raise malformed("it is not a JSON object")
+    return value
+
+
+def malformed(found: str) -> UserError:
+    """The error for a request that is none."""
+    return UserError("a request", found, "use a client of this version")
+
+
+def _check_names(fields: Mapping[str, Any]) -> None:
+    for name in ("cache", "manifest", "tier", "array"):
+        value = fields.get(name)
+        if name in fields and not isinstance(value, str) and not (value is None and "indices" in fields):
+            raise malformed(f"{name} is not a name")
+        if name in ("cache", "manifest") and value is None:
+            raise malformed(f"{name} is missing")
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
