@@ -4,7 +4,8 @@
     python -m tools.render --check  exit 1 if one differs from its file
 
 `<!-- goals: NAME -->` to `<!-- end -->` holds the goals of tools/bench/results/NAME.json: what was asked, what was
-measured, whether it holds, and on what. `<!-- demo -->` holds the grid of the kept report of `make demo`.
+measured, whether it holds, and on what. `<!-- demo -->` holds the grid of the kept report of `make demo`,
+`<!-- paper -->` the FLOPs of the paper's steps, `<!-- break-even -->` from when on a cache pays.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trainer.planning.report import BREAK_EVEN_HEADER, break_even_rows
 from trainer.report import cells_table, facts, markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
-_BLOCK = re.compile(r"(<!-- (?:goals: (?P<name>[a-z]+)|demo) -->\n).*?(<!-- end -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- (?:goals: (?P<name>[a-z_]+)|(?P<kind>demo|paper|break-even)) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+)
 
 
 def render(path: Path) -> str:
     """A document's text with every table made anew."""
 
     def table(found: re.Match[str]) -> str:
-        name = found["name"]
-        body = _demo(path.parent) if name is None else _goals(name, path.parent)
-        return f"{found[1]}\n{body}\n\n{found[3]}"
+        name, kind = found["name"], found["kind"]
+        body = _goals(name, path.parent) if kind is None else _TABLES[kind](path.parent)
+        return f"{found[1]}\n{body}\n\n{found['end']}"
 
     return _BLOCK.sub(table, path.read_text())
 
@@ -51,6 +55,35 @@ def _goals(name: str, folder: Path) -> str:
 def _demo(folder: Path) -> str:
     report = _read("demo")
     return f"{markdown_table(*cells_table(report))}\n\n{'. '.join(facts(report))}. {_link('demo', folder)}"
+
+
+def _paper(folder: Path) -> str:
+    result = _read("paper_flops")
+    header = ["teacher", "tokens"]
+    for convention in ("paper", "ledger"):
+        header += [f"{convention}: cached", f"{convention}: live", "ratio"]
+    rows = []
+    for step in result["figures"]["steps"]:
+        row = [step["teacher"], str(step["completion_tokens"])]
+        for convention in ("paper_tflops", "ledger_tflops"):
+            cached, live = step[convention]["cached"], step[convention]["live"]
+            row += [f"{cached:.4g}", f"{live:.4g}", f"{live / cached:.2f}"]
+        rows.append(row)
+    config = result["config"]
+    about = f"TFLOPs a step: {config['student']}, {config['batch']} sequences, {config['prompt_tokens']} prompt tokens"
+    return f"{markdown_table(header, rows)}\n\n{about}. {_link('paper_flops', folder)}"
+
+
+def _break_even(folder: Path) -> str:
+    result = _read("break_even")
+    case = result["config"]
+    about = f"{case['teacher']} to {case['student']}, {case['problems']} problems, {case['prompt_tokens']} + "
+    about += f"{case['completion_tokens']} tokens, {case['sequences']} sequences a step"
+    table = markdown_table(BREAK_EVEN_HEADER, break_even_rows(result["figures"]))
+    return f"{table}\n\n{about}. {_link('break_even', folder)}"
+
+
+_TABLES = {"demo": _demo, "paper": _paper, "break-even": _break_even}
 
 
 def _measured(goal: dict[str, Any]) -> str:

@@ -13,12 +13,14 @@ from cyclopts import App, Parameter
 
 from logitcache.console import answer, run_command
 from logitcache.scoring import Sampling
+from trainer.planning.case import Aim, Case
 from trainer.settings import Prefix, Training
 from trainer.watch import Watch
 
 app = App(name="trainer", help=__doc__.splitlines()[0], version_flags=[])
 
 RUN = Training()
+CASE = Case()
 
 
 @app.command
@@ -207,6 +209,70 @@ def report(*runs: Path, out: Path, json: bool = False) -> None:
     result = run_report(runs, out)
     text = result.pop("table")
     answer(result, text, as_json=json)
+
+
+@app.command
+def plan(
+    case: Annotated[Case, Parameter(name="*")] = CASE,
+    *,
+    tiers: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("topk:p=5e-4", "hidden:max-kl=2e-3"),
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Say what training would cost, before anything is run: FLOPs, steps, bytes, and when a cache pays.
+
+    Costs seconds: it reads two configurations and loads no model.
+
+    Example: trainer plan --student Qwen3-0.6B --teacher Qwen3-8B --students 10 --plot break_even.png
+
+    Args:
+        case: what is planned.
+        tiers: of a cache, to compare, each as for `logitcache build --targets`.
+        plot: a PNG of the FLOPs of a student against how many share the cache.
+        json: print one JSON object.
+    """
+    from trainer.planning.plan import make_plan
+    from trainer.planning.report import draw_break_even, plan_text
+    from trainer.report import require_plotting
+
+    if plot is not None:
+        require_plotting()
+    found = make_plan(case, tiers)
+    if plot is not None:
+        draw_break_even(found, plot)
+    answer(found, plan_text(found), as_json=json)
+
+
+@app.command
+def advise(
+    aim: Aim,
+    /,
+    *,
+    case: Annotated[Case, Parameter(name="*")] = CASE,
+    cache: str = "runs/cache",
+    problem_set: str = "agentica-org/DeepScaleR-Preview-Dataset",
+    json: bool = False,
+) -> None:
+    """Say which cell, forward weight, windows and tier to choose for an aim, why, at what cost, and the commands.
+
+    Costs seconds: it reads two configurations and loads no model.
+
+    Example: trainer advise answer --student Qwen3-0.6B --teacher Qwen3-4B --budget 1e18
+
+    Args:
+        aim: answer (the best single answer), rl (a start for reinforcement learning), compute (as cheap as can be, or
+            the text is there already) or long (long completions).
+        case: models, text, budget, students.
+        cache: where the cache is or will be.
+        problem_set: what it would be built from; --problems of `logitcache build`.
+        json: print one JSON object.
+    """
+    from trainer.planning.advice import advice_facts
+    from trainer.planning.advice import advise as choose
+    from trainer.planning.report import advice_text
+
+    facts = advice_facts(choose(aim, case, cache=cache, problems=problem_set), case)
+    answer(facts, advice_text(facts), as_json=json)
 
 
 def main() -> None:

@@ -11,10 +11,23 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from logitcache.flops import ModelShape, backward, body, forward, generate, recomputation
-from trainer.batch import Batch
+
+
+class Packed(Protocol):
+    """Sequences packed for a student: a `trainer.batch.Batch`, or the lengths that a plan puts in its place."""
+
+    @property
+    def sequence_lengths(self) -> tuple[int, ...]:
+        """Rows of each sequence."""
+        ...
+
+    @property
+    def target_rows(self) -> int:
+        """Rows that have a loss."""
+        ...
 
 
 class Phase(StrEnum):
@@ -108,7 +121,7 @@ class FlopLedger:
 def add_training(
     ledger: FlopLedger,
     shape: ModelShape,
-    batch: Batch,
+    batch: Packed,
     *,
     teacher_head_flops: int,
     step: int,
@@ -127,7 +140,7 @@ def add_training(
     ledger.add(Phase.HEAD_REPROJECTION, teacher_head_flops, step=step)
 
 
-def add_evaluation(ledger: FlopLedger, shape: ModelShape, batch: Batch, *, teacher_head_flops: int, step: int) -> None:
+def add_evaluation(ledger: FlopLedger, shape: ModelShape, batch: Packed, *, teacher_head_flops: int, step: int) -> None:
     """An evaluation's row for one batch: the student's forward and the teacher's logits."""
     cost = forward(shape, batch.sequence_lengths, head_rows=batch.target_rows)
     ledger.add(Phase.EVALUATION, cost + teacher_head_flops, step=step)

@@ -111,7 +111,7 @@ def _change(value: Mapping[str, float]) -> str:
 
 def flop_text(flops: float) -> str:
     """FLOPs with the unit that fits."""
-    for unit, size in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
         if flops >= size:
             return f"{flops / size:.3g} {unit}"
     return "0" if flops == 0 else f"{flops / 1e6:.3g} MFLOP"
