@@ -23,7 +23,7 @@ from kernels import chunked, reference
 from kernels.checks import Call
 from kernels.eager import EagerEngine
 from kernels.types import DenseTargets, KLOutput, LinearHead, SampledTargets, SelectedOutput, Targets, TopKTargets
-from kernels.validate import require, require_one_device, require_tensor
+from kernels.validate import require, require_one_device, require_positive, require_tensor
 
 Backend = Literal["reference", "chunked", "native", "triton"]
 BACKENDS = ("reference", "chunked", "native", "triton")
@@ -150,7 +150,7 @@ def selected_log_probs(
         ValueError: inputs that do not fit, before any work.
     """
     require_tensor("token_ids", token_ids, (torch.int64, torch.int32), (student.rows,))
-    require(temperature > 0, "temperature", temperature, "above 0")
+    require_positive("temperature", temperature)
     require_one_device("token_ids and student", token_ids, student.hidden)
     tempered = student.tempered(temperature)
     ones = torch.ones(student.rows, dtype=torch.float32, device=token_ids.device)

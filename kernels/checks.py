@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.types import DenseTargets, LinearHead, SampledTargets, Targets, TopKTargets
-from kernels.validate import FLOATS, require, require_one_device, require_tensor
+from kernels.validate import FLOATS, require, require_one_device, require_positive, require_tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,7 +22,7 @@ class Call:
         student: the head that learns.
         targets: the teacher.
         forward_weight: 0..1.
-        temperature: divides both sides' logits; above 0.
+        temperature: divides both sides' logits; finite and above 0.
         row_mask: bool[T] or None; rows that are false cost nothing and are 0.
         token_weight: float[T] or None, what the caller will multiply the loss of each row by, up to one constant. The
             head's gradient is accumulated for it in the forward pass; any other upstream gradient is as exact, but
@@ -38,7 +38,7 @@ class Call:
 
     def __post_init__(self) -> None:
         rows, teacher = self.student.rows, self.targets
-        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require_positive("temperature", self.temperature)
         require(0 <= self.forward_weight <= 1, "forward_weight", self.forward_weight, "0 to 1")
         require(teacher.rows == rows, "target rows", teacher.rows, f"the student's {rows}")
         for name, dtypes in (("row_mask", (torch.bool,)), ("token_weight", FLOATS)):

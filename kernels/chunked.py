@@ -222,7 +222,7 @@ class _Divergence(torch.autograd.Function):
             _sweep(plan, sums, upstream)
         hidden_TD = sums.hidden_TD
         if hidden_TD is not None:
-            hidden_TD = plan.ranks.sum_(hidden_TD.mul_(upstream[:, None]).to(plan.student.hidden.dtype))
+            hidden_TD = plan.ranks.sum_(hidden_TD.mul_(upstream[:, None])).to(plan.student.hidden.dtype)
         return hidden_TD, *sums.take_head(plan.student, plan.engine, factor), None
 
 

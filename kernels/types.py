@@ -9,13 +9,14 @@ Letters: T rows, V vocabulary, D model width, E kept entries of all rows togethe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kernels.ragged import MASS_TOLERANCE, SampledTargets, TopKTargets
-from kernels.validate import FLOATS, require, require_one_device, require_tensor
+from kernels.validate import FLOATS, require, require_one_device, require_positive, require_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,8 +77,9 @@ class LinearHead:
         if self.bias is not None:
             require_tensor("LinearHead.bias", self.bias, FLOATS, (self.weight.shape[0],))
         require_one_device("LinearHead", self.hidden, self.weight, self.bias)
-        require(self.soft_cap is None or self.soft_cap > 0, "LinearHead.soft_cap", self.soft_cap, "None or above 0")
-        require(self.scale != 0, "LinearHead.scale", self.scale, "not 0")
+        if self.soft_cap is not None:
+            require_positive("LinearHead.soft_cap", self.soft_cap)
+        require(math.isfinite(self.scale) and self.scale != 0, "LinearHead.scale", self.scale, "finite and not 0")
         rows = self.weight.shape[0]
         if self.vocab_size is not None:
             limit = "1 or more" if self.shard else f"1 to the {rows} rows of weight"

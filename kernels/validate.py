@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,11 @@ def require(condition: bool, what: str, got: object, expected: object) -> None:
     """Raise a one-line `ValueError` with got and expected unless `condition` holds."""
     if not condition:
         raise ValueError(f"{what}: got {got}, expected {expected}")
+
+
+def require_positive(what: str, value: float) -> None:
+    """A finite number above 0."""
+    require(0 < value < math.inf, what, value, "finite and above 0")
 
 
 def require_tensor(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...]) -> None:

@@ -40,7 +40,8 @@ def head(
 
 def log_probs_of(teacher: LinearHead) -> Tensor:
     logits = teacher.hidden.double() @ teacher.weight[: teacher.width].double().T
-    return logits.log_softmax(1)
+    bias = 0 if teacher.bias is None else teacher.bias[: teacher.width].double()
+    return (logits + bias).log_softmax(1)
 
 
 def top_k(log_probs: Tensor, ks: list[int]) -> TopKTargets:
@@ -58,7 +59,7 @@ def top_k(log_probs: Tensor, ks: list[int]) -> TopKTargets:
         log_probs=torch.cat(kept).float().clamp_max(0),
         row_splits=torch.tensor([0, *ks]).cumsum(0),
         tail_log_mass=torch.stack(tails).float(),
-        entropy=-(log_probs.exp() * log_probs).sum(1).float(),
+        entropy=torch.special.entr(log_probs.exp()).sum(1).float(),
     )
 
 
@@ -69,7 +70,7 @@ def sampled(log_probs: Tensor, draws: int, seed: int = 0) -> SampledTargets:
         ids=torch.cat([ids for ids, _ in unique]),
         counts=torch.cat([counts for _, counts in unique]).int(),
         row_splits=torch.tensor([0, *(len(ids) for ids, _ in unique)]).cumsum(0),
-        entropy=-(log_probs.exp() * log_probs).sum(1).float(),
+        entropy=torch.special.entr(log_probs.exp()).sum(1).float(),
     )
 
 

@@ -11,16 +11,21 @@ import pytest
 import torch
 
 import kernels
-from kernels import DenseTargets, LinearHead, SampledTargets
+from kernels import DenseTargets, LinearHead, SampledTargets, VocabShard
 from kernels.native import build
 from tests.kernels.cases import head, log_probs_of, sampled, targets_of, top_k
 
 STUDENT, TEACHER = head(4, 10, 6, 0), head(4, 10, 8, 1)
+INF, NAN = float("inf"), float("nan")
 TOP = top_k(log_probs_of(TEACHER), [3] * 4)
 
 
 def tensors(**changes: object) -> Callable[[], object]:
     return lambda: replace(TOP, **changes)  # type: ignore[arg-type]
+
+
+def sharded(whole: LinearHead, start: int) -> LinearHead:
+    return replace(whole, shard=VocabShard(start=start), vocab_size=30)
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -33,6 +38,8 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "bias": (lambda: replace(STUDENT, bias=torch.zeros(9)), r"bias: got float32\[9\].*\[10\]"),
     "vocab_size": (lambda: replace(STUDENT, vocab_size=11), "got 11, expected 1 to the 10 rows"),
     "soft cap": (lambda: replace(STUDENT, soft_cap=0.0), "soft_cap: got 0.0"),
+    "soft cap infinite": (lambda: replace(STUDENT, soft_cap=INF), "soft_cap: got inf"),
+    "scale NaN": (lambda: replace(STUDENT, scale=NAN), "scale: got nan"),
     "fingerprint": (lambda: replace(TEACHER, fingerprint="aa", hidden_fingerprint="bb"), "got aa, expected bb"),
     "rows": (lambda: kernels.forward_kl(STUDENT, head(5, 10, 6, 1)), "target rows: got 5, expected the student's 4"),
     "vocabulary": (lambda: kernels.forward_kl(STUDENT, head(4, 11, 6, 1)), "got 11, expected the student's 10"),
@@ -42,9 +49,33 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "temperature 0": (lambda: kernels.forward_kl(STUDENT, TEACHER, temperature=0.0), "temperature: got 0.0"),
     "temperature -1": (lambda: kernels.reverse_kl(STUDENT, TEACHER, temperature=-1.0), "temperature: got -1.0"),
+    "temperature NaN": (lambda: kernels.forward_kl(STUDENT, TEACHER, temperature=NAN), "temperature: got nan"),
+    "temperature infinite": (lambda: kernels.forward_kl(STUDENT, TEACHER, temperature=INF), "temperature: got inf"),
+    "selected temperature": (
+        lambda: kernels.selected_log_probs(STUDENT, torch.zeros(4).long(), temperature=INF),
+        "temperature: got inf",
+    ),
     "tempered tail": (lambda: kernels.forward_kl_coarse(STUDENT, TOP, temperature=2.0), "got 2.0, expected 1"),
+    "teacher device": (
+        lambda: kernels.forward_kl(STUDENT, DenseTargets(logits=torch.zeros(4, 10, device="meta"))),
+        "student and teacher device: got cpu and meta, expected one device",
+    ),
+    "shard rows": (
+        lambda: kernels.forward_kl(sharded(STUDENT, 0), sharded(replace(TEACHER, weight=TEACHER.weight[:8]), 0)),
+        "teacher shard rows: got 8, expected the student's 10",
+    ),
+    "shard start": (
+        lambda: kernels.forward_kl(sharded(STUDENT, 0), sharded(TEACHER, 10)),
+        "teacher shard start: got 10, expected the student's 0",
+    ),
+    "shard of unknown vocabulary": (
+        lambda: replace(STUDENT, shard=VocabShard(start=0)),
+        "sharded LinearHead.vocab_size: got None",
+    ),
     "mix": (lambda: kernels.mixed_kl(STUDENT, TEACHER, forward_weight=1.5), "forward_weight: got 1.5"),
     "log-prob above 0": (tensors(log_probs=torch.full((12,), 0.5)), "log_probs maximum: got 0.5"),
+    "log-prob NaN": (tensors(log_probs=torch.full((12,), NAN)), "log_probs maximum: got nan"),
+    "dense log-prob NaN": (lambda: DenseTargets(log_probs=torch.full((2, 3), NAN)), "maximum: got nan"),
     "tail above 0": (tensors(tail_log_mass=torch.full((4,), 0.1)), "tail_log_mass maximum"),
     "mass above 1": (tensors(log_probs=torch.full((12,), -0.1)), "mass: got"),
     "dense log-prob above 0": (lambda: DenseTargets(log_probs=torch.ones(2, 3)), "maximum: got 1.0"),
@@ -70,6 +101,8 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
         lambda: kernels.forward_kl(head(4, 10, 6, 0, dtype=torch.float64), TEACHER, backend="native"),
         "float32 or bfloat16",
     ),
+    "token id negative": (lambda: kernels.selected_log_probs(STUDENT, torch.full((4,), -1)), "minimum: got -1"),
+    "token id too large": (lambda: kernels.selected_log_probs(STUDENT, torch.full((4,), 10)), "maximum: got 10"),
     "token ids": (lambda: kernels.selected_log_probs(STUDENT, torch.zeros(3).long()), r"int64\[3\].*\[4\]"),
 }
 
