@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.codecs.blas import one_blas_thread
 from logitcache.codecs.calibration import Calibration, upper_bound
 from logitcache.codecs.codec import Codec
 from logitcache.codecs.dense import DenseHead
@@ -35,6 +36,7 @@ from logitcache.scoring import SampledRequest, TopKRequest
 _ROWS_PER_CHUNK = 1024
 
 
+@one_blas_thread()
 def calibrate(spec: TargetSpec, teacher: DenseHead, sample: Calibration) -> Codec:
     """The codec that a spec asks for, fitted to the teacher whose output head that is.
 
@@ -71,6 +73,7 @@ def topk_request(spec: TopKSpec, p: float, vocab_size: int) -> TopKRequest:
     return TopKRequest(max_k=min(spec.k, vocab_size), min_probability=p, mass=spec.mass)
 
 
+@one_blas_thread()
 def fit_topk_to_targets(spec: TopKSpec, vocab_size: int, targets: Sequence[TopKTargets]) -> TopKCodec:
     """A top-k codec fitted to what a scorer gave for `topk_request`, where that is all that it can give.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.codecs.blas import one_blas_thread
 from logitcache.codecs.codec import Codec
 from logitcache.codecs.dense import DenseHead, row_blocks, select_topk
 from logitcache.codecs.prior import spread_tail
@@ -56,6 +57,7 @@ class Gauge:
     def _decoder_of(self, head: Head) -> DenseHead:
         return self._teacher if head.fingerprint == self._teacher.head.fingerprint else DenseHead(head)
 
+    @one_blas_thread()
     def measure(self, hidden: NDArray[np.float32]) -> Fidelity:
         """Encode and decode the rows of a sample, and compare; see `measured_kl`."""
         forward, reverse = np.empty(len(hidden)), np.empty(len(hidden))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from threadpoolctl import ThreadpoolController
 
-from logitcache.codecs import Calibration
+from logitcache.codecs import Calibration, calibrate, parse_targets
 from logitcache.codecs.calibration import JUDGED_ROWS, upper_bound
+from logitcache.codecs.dense import DenseHead
+from logitcache.codecs.fidelity import Gauge
 from logitcache.errors import UserError
+from logitcache.records import Head
 
 
 def sample(sequence: np.ndarray) -> Calibration:
@@ -53,3 +57,21 @@ def test_the_bound_is_above_the_true_mean_where_rows_of_a_sequence_are_alike() -
 
 def test_the_bound_of_equal_values_is_their_value() -> None:
     assert upper_bound(np.full(6, 0.25), np.array([0, 0, 1, 1, 1, 2])) == pytest.approx(0.25)
+
+
+def test_a_codec_does_not_depend_on_how_many_threads_blas_has() -> None:
+    rng = np.random.default_rng(0)
+    teacher = DenseHead(Head(weight=rng.normal(size=(4_000, 64)).astype(np.float32)))
+    whole = Calibration(
+        hidden=rng.normal(size=(300, 64)).astype(np.float32),
+        token_ids=rng.integers(0, 4_000, 300).astype(np.int32),
+        sequence=np.arange(300) // 60,
+    )
+    made = []
+    for threads in (1, 2):
+        with ThreadpoolController().limit(limits=threads, user_api="blas"):
+            codecs = [calibrate(spec, teacher, whole) for spec in parse_targets("topk,hidden:step=0.05")]
+            kl = Gauge(codecs[0], teacher).measure(whole.hidden).forward.tobytes()
+        shared = [{name: value.tobytes() for name, value in codec.shared.items()} for codec in codecs]
+        made.append((kl, shared, [codec.config for codec in codecs]))
+    assert made[0] == made[1]
