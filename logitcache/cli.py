@@ -14,7 +14,7 @@ from cyclopts import App, Parameter
 
 from logitcache.append import all_units
 from logitcache.cluster import RayCluster
-from logitcache.console import Progress, answer, run_command
+from logitcache.console import Progress, answer, leave, run_command
 from logitcache.errors import UserError
 from logitcache.jobs import BuildRequest, build_cache, describe, score_cache
 from logitcache.prepare import PrepareRequest
@@ -253,7 +253,7 @@ def serve(
 def main() -> None:
     """Entry point."""
     resume = "what was committed stays, and the same command goes on from there"
-    raise SystemExit(run_command(app, after_interrupt=resume))
+    leave(run_command(app, after_interrupt=resume))
 
 
 def _worker(text: str) -> tuple[int, int]:

@@ -7,12 +7,13 @@ to standard error, redrawn on a terminal and as plain lines elsewhere.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from logitcache.errors import UserError
 
@@ -43,6 +44,18 @@ def run_command(app: Callable[..., Any], argv: list[str] | None = None, *, after
     except BrokenPipeError:
         return 141
     return result if isinstance(result, int) else 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code, without tearing the interpreter down.
+
+    Everything is closed and committed by then. Native libraries that end beside each other can abort the process there,
+    and a caller would see that in place of the command's own code.
+    """
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def note(text: str) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from logitcache.console import answer, run_command
+from logitcache.console import answer, leave, run_command
 from logitcache.scoring import Sampling
 from trainer.planning.case import Aim, Case
 from trainer.settings import Prefix, Training
@@ -278,7 +278,7 @@ def advise(
 def main() -> None:
     """Entry point."""
     after = "run it again: distill goes on from its newest checkpoint; a grid starts again in another --out"
-    raise SystemExit(run_command(app, after_interrupt=after))
+    leave(run_command(app, after_interrupt=after))
 
 
 def _described(result: dict) -> str:
