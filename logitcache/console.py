@@ -6,6 +6,7 @@ to standard error, redrawn on a terminal and as plain lines elsewhere.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -49,9 +50,10 @@ def run_command(app: Callable[..., Any], argv: list[str] | None = None, *, after
 def leave(code: int) -> NoReturn:
     """End the process with this exit code, without tearing the interpreter down.
 
-    Everything is closed and committed by then. Native libraries that end beside each other can abort the process there,
-    and a caller would see that in place of the command's own code.
+    Python's own exit functions have run by then. Native libraries that end beside each other can abort the process after
+    them, and a caller would see that in place of the command's own code.
     """
+    atexit._run_exitfuncs()
     with suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
