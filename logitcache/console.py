@@ -50,8 +50,8 @@ def run_command(app: Callable[..., Any], argv: list[str] | None = None, *, after
 def leave(code: int) -> NoReturn:
     """End the process with this exit code, without tearing the interpreter down.
 
-    Python's own exit functions have run by then. Native libraries that end beside each other can abort the process after
-    them, and a caller would see that in place of the command's own code.
+    Python's exit functions are run. Native libraries that end beside each other can abort the process after them, and
+    a caller would see that in place of the command's own code.
     """
     atexit._run_exitfuncs()
     with suppress(BrokenPipeError):
