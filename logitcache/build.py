@@ -94,8 +94,8 @@ class Build:
         units: all units of the build, not only this worker's: the first one calibrates the codecs.
         specs: the tiers to write, each named by its kind.
         sampling: how completions are drawn.
-        compare: measures the first unit's scores against a reference engine; None where the engine is that reference,
-            or shows no states, or nobody wants to know.
+        compare: measures the scores of the cache's first unit against a reference engine; None where the engine is that
+            reference, or shows no states, or nobody wants to know.
         shows_states: whether the engine gives hidden states and its head. Where it does not, a codec is fitted to the
             targets themselves, and no KL is measured.
     """
@@ -184,9 +184,9 @@ class Build:
         return kept
 
     def _compared(self, scored: Scored) -> dict[str, Any]:
-        """Facts of the first unit. Not in the writer's thread: a reference must not compute beside the teacher."""
+        """Facts of the cache's first unit. Not in the writer's thread: a reference computes after the teacher."""
         unit, sequences, targets = scored
-        if self.compare is None or unit.name != self.units[0].name:
+        if self.compare is None or unit.name != unit_name(0):
             return {}
         states = [_states(item) for item in targets]
         return {"engine_kl_nats": self.compare(sequences, states, self.engine.head)}

@@ -19,7 +19,7 @@ from logitcache.build import Build, Unit, cut_into_units, missing_units, require
 from logitcache.cluster import RayCluster, build_on_ray
 from logitcache.codecs import TargetSpec, parse_targets
 from logitcache.console import Progress, note
-from logitcache.errors import require
+from logitcache.errors import UserError, require
 from logitcache.identity import (
     model_display_name,
     require_same_teacher,
@@ -147,18 +147,22 @@ def score_cache(url: str, *, teacher: str, targets: str, compare_engines: bool =
 
     Raises:
         IdentityError: `teacher` is not the cache's.
-        UserError: no cache there, or a tier that exists and was asked for with another configuration.
+        UserError: no cache there, or one whose build or append is not finished, or a tier that exists and was asked for
+            with another configuration.
     """
     specs = parse_targets(targets)
+    tiers = [spec.kind for spec in specs]
     store = open_store(url)
+    committed, units = store.committed(), all_units(store)
+    if missing := missing_units(committed, units, set(committed.targets).difference(tiers)):
+        found = f"{len(missing)} of {len(units)} units are not built yet"
+        raise UserError(f"score {store.place.shown}", found, "run the build again to finish it first")
     built_by = store.identity["teacher"]
     model_dir = resolve_model(teacher)
     require_same_teacher(url, built_by, model_dir)
     shape = flops.ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
     require_same_tiers(store, specs)
-    committed = store.committed()
-    units = [Unit(name=name, prompts=()) for name in committed.sequences]
-    share = missing_units(committed, units, [spec.kind for spec in specs])
+    share = missing_units(committed, units, tiers)
     if share:
         scorer = scorer_of(built_by["engine"])
         job = _Job(

@@ -12,7 +12,7 @@ from typing import Any
 from logitcache.codecs import codec_from_config
 from logitcache.errors import IdentityError, UserError
 from logitcache.store import layout
-from logitcache.store.appended import all_appended, append_set
+from logitcache.store.appended import AppendedSet, all_appended, append_set
 from logitcache.store.commits import list_committed, read_identity
 from logitcache.store.envelope import digest_of
 from logitcache.store.fetch import fetch_objects
@@ -42,7 +42,8 @@ def merge(
         progress: told parts done and parts in all.
 
     Raises:
-        IdentityError: the sources are not of one identity, or a tier is not the same in two of them.
+        IdentityError: the sources are not of one identity, or a tier is not the same in two of them, or other problems
+            were appended to them (then nothing is written).
         UserError: a unit is there twice with different bytes.
         DamagedError: a source is damaged.
     """
@@ -54,17 +55,29 @@ def merge(
         if digest_of(identity) != digest_of(identities[0]):
             asked = f"merge {places[0].shown} and {place.shown}"
             raise IdentityError(asked, "they were built with other settings", "merge caches of one build")
-    store = create(into, identities[0], storage_options=storage_options, codec_factory=codec_factory)
     digest = digest_of(identities[0])
-    for place in places:
-        for number, item in enumerate(all_appended(place, digest), 1):
-            append_set(store.place, digest, number, item)
+    _agreed_sets(places, digest)
+    store = create(into, identities[0], storage_options=storage_options, codec_factory=codec_factory)
+    for number, item in enumerate(_agreed_sets([*places, store.place], digest), 1):
+        append_set(store.place, digest, number, item)
     work = [(place, group) for place in places for group in _groups(store.place, place)]
     for done, (place, group) in enumerate(work, 1):
         _copy_part(place, store.place, group)
         if progress is not None:
             progress(done, len(work))
     return store
+
+
+def _agreed_sets(places: Sequence[Place], identity: str) -> tuple[AppendedSet, ...]:
+    """The longest list of appended problem sets; every place has a beginning of it, or IdentityError."""
+    lists = [all_appended(place, identity) for place in places]
+    longest = max(lists, key=len)
+    for place, sets in zip(places, lists, strict=True):
+        if sets != longest[: len(sets)]:
+            asked = f"merge {place.shown} and {places[lists.index(longest)].shown}"
+            mend = "merge caches that the same problems were appended to"
+            raise IdentityError(asked, "other problems were appended to them", mend)
+    return longest
 
 
 def _groups(target: Place, source: Place) -> list[str]:

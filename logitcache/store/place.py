@@ -51,7 +51,10 @@ class Place(Source, Protocol):
         ...
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put one object where none is; False, and nothing written, if there is one."""
+        """Put one object where none is; False if there is one, which never changes it.
+
+        The one that is there can be this one: a store that loses its reply is asked again.
+        """
         ...
 
     def delete(self, name: str) -> None:

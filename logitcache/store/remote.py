@@ -27,6 +27,7 @@ FIRST_WAIT_S = 0.1
 PUTS_AT_ONCE = 8
 S3_DEFAULTS = {"config_kwargs": {"max_pool_connections": 64}}
 """botocore's own 10 connections would have most requests of a batch wait for one another."""
+Refusal = Callable[[str, str, BaseException], UserError]
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _PERMANENT = (*_ABSENT, TypeError, ImportError, NotImplementedError)
 
@@ -111,7 +112,7 @@ class RemotePlace:
         fs, root = self._open()
 
         def put(name: str) -> None:
-            self._retry(name, partial(fs.pipe_file, f"{root}/{name}", objects[name]))
+            self._put(name, partial(fs.pipe_file, f"{root}/{name}", objects[name]))
 
         with ThreadPoolExecutor(PUTS_AT_ONCE) as pool:
             list(pool.map(put, objects))
@@ -121,22 +122,27 @@ class RemotePlace:
         self._require("be written")
         fs, root = self._open()
         path = f"{root}/{name}"
-        try:
-            fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return False
-        except Exception as error:  # each store refuses in its own way: ask it what is there
-            if self._retry(name, partial(fs.exists, path)):
+
+        def create() -> bool:
+            try:
+                fs.pipe_file(path, data, mode="create")
+            except FileExistsError:
                 return False
-            raise write_failed(self.shown, name, error) from error
-        return True
+            except Exception:  # each store refuses in its own way, and a reply can get lost: ask what is there
+                fs.invalidate_cache()
+                if fs.exists(path):
+                    return False
+                raise
+            return True
+
+        return bool(self._put(name, create))
 
     def delete(self, name: str) -> None:
         """An object or everything beneath it; see `Place`."""
         self._require("be written")
         fs, root = self._open()
         with suppress(FileNotFoundError):
-            self._retry(name, partial(fs.rm, f"{root}/{name}", recursive=True))
+            self._retry(name, partial(fs.rm, f"{root}/{name}", recursive=True), refused=write_failed)
 
     def sizes(self, under: str) -> Iterator[tuple[str, int]]:
         """A listing; see `Place`."""
@@ -168,7 +174,13 @@ class RemotePlace:
                 self._opened[os.getpid()] = fs, root.rstrip("/")
             return self._opened[os.getpid()]
 
-    def _retry(self, name: str, request: Callable[[], Any]) -> Any:
+    def _put(self, name: str, request: Callable[[], Any]) -> Any:
+        try:
+            return self._retry(name, request, refused=write_failed)
+        except _PERMANENT as error:
+            raise write_failed(self.shown, name, error.__cause__ or error) from error
+
+    def _retry(self, name: str, request: Callable[[], Any], refused: Refusal = read_refused) -> Any:
         last: Exception | None = None
         for attempt in range(ATTEMPTS):
             _wait(attempt)
@@ -179,7 +191,7 @@ class RemotePlace:
             except _PERMANENT:
                 raise
             except PermissionError as error:
-                raise read_refused(self.shown, name, error) from error
+                raise refused(self.shown, name, error) from error
             except Exception as error:
                 last = error
         assert last is not None

@@ -66,9 +66,11 @@ class Store:
             facts: what was measured; deterministic JSON. `flops` {phase: operations} is summed by `seal`.
 
         Raises:
-            UserError: the unit is committed with other bytes, or the place cannot be written.
+            UserError: the unit is committed with other bytes, or a token is none of the teacher's, or the place cannot
+                be written.
         """
         layout.check_name("a unit", unit)
+        self._require_known_tokens(unit, sequences)
         self._commit(encode_sequences(unit, sequences, facts or {}))
 
     def read_sequences(self, unit: str) -> list[TokenSequence]:
@@ -180,6 +182,14 @@ class Store:
         self.place.write({layout.MANIFEST: manifest.data()})
         self.place.delete(layout.PARTIAL)
         return manifest
+
+    def _require_known_tokens(self, unit: str, sequences: Sequence[TokenSequence]) -> None:
+        """Once committed, such a token could never be scored: the unit would be stuck."""
+        vocab_size = self.identity.get("teacher", {}).get("vocab_size")
+        highest = max((int(sequence.token_ids.max()) for sequence in sequences), default=0)
+        if vocab_size is not None and highest >= vocab_size:
+            found = f"token id {highest} is beyond the teacher's {vocab_size} tokens"
+            raise UserError(f"write sequences of unit {unit}", found, "use the teacher's own tokenizer")
 
     def _commit(self, part: EncodedPart) -> None:
         name, data = layout.record_of(part.record.group), part.record_data

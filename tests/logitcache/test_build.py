@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from logitcache import open_cache
+from logitcache.errors import UserError
+from logitcache.jobs import BuildRequest, build_cache
+from logitcache.prompts import PromptStyle
 from logitcache.records import HiddenStateTargets, TopKTargets
+from logitcache.scoring import Sampling
 
 PROBLEMS = [{"id": f"p{n:02d}", "problem": f"What is {n} plus {n * n}?", "answer": str(n + n * n)} for n in range(10)]
 
@@ -30,6 +35,23 @@ def command(tiny_dir: Path, out: Path, problems: Path, *more: str) -> list[str]:
 
 def finish(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, check=False)
+
+
+def build_here(
+    teacher: Path,
+    out: Path,
+    problems: Path,
+    *,
+    targets: str = "topk:k=32,hidden",
+    temperature: float = 1.0,
+    worker: int = 0,
+    workers: int = 1,
+) -> None:
+    """What `command` runs, in this process."""
+    places = {"problems": str(problems), "out": str(out), "teacher": str(teacher)}
+    request = BuildRequest(**places, targets=targets, dtype="float32", problems_per_unit=3)
+    sampling = Sampling(max_new_tokens=16, seed=5, temperature=temperature)
+    build_cache(request, sampling=sampling, style=PromptStyle(), worker=worker, workers=workers)
 
 
 def content(cache: Path) -> dict[str, bytes]:
@@ -90,6 +112,7 @@ def test_info_says_what_the_contract_promises(whole: Path) -> None:
         assert 0 <= tier["kl_nats"]["mean"] <= tier["kl_nats"]["p99"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_was_stopped_anywhere_ends_in_the_same_bytes(
     how: signal.Signals, whole: Path, tiny_dir: Path, problems: Path, tmp_path: Path
@@ -195,9 +218,7 @@ def test_a_damaged_part_is_found_undone_and_made_again_with_the_same_bytes(
 def test_a_tier_added_later_is_the_tier_built_at_once(
     whole: Path, tiny_dir: Path, problems: Path, tmp_path: Path
 ) -> None:
-    first = command(tiny_dir, tmp_path / "cache", problems)
-    first[first.index("--targets") + 1] = "hidden"
-    assert finish(first).returncode == 0
+    build_here(tiny_dir, tmp_path / "cache", problems, targets="hidden")
     added = run("score", str(tmp_path / "cache"), "--teacher", str(tiny_dir), "--targets", "topk:k=32", "--json")
     assert added.returncode == 0, added.stderr
     assert json.loads(added.stdout)["targets"].keys() == {"hidden", "topk"}
@@ -222,8 +243,8 @@ def test_a_tier_cannot_be_added_by_another_teacher_or_with_another_configuration
 
 def test_parts_built_apart_merge_into_the_whole(whole: Path, tiny_dir: Path, problems: Path, tmp_path: Path) -> None:
     places = [tmp_path / name for name in ("a", "b")]
-    for worker, place in zip(("1/2", "2/2"), places, strict=True):
-        assert finish(command(tiny_dir, place, problems, "--worker", worker)).returncode == 0
+    for worker, place in enumerate(places):
+        build_here(tiny_dir, place, problems, worker=worker, workers=2)
     assert run("merge", *map(str, places), "--out", str(tmp_path / "merged")).returncode == 0
     assert content(tmp_path / "merged") == content(whole)
 
@@ -269,6 +290,50 @@ def test_a_place_that_cannot_be_written_is_refused(tiny_dir: Path, problems: Pat
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(("done", "limit"), [(0, 1 << 20), (1, 300)], ids=["the head does not fit", "no part does"])
+def test_a_disk_that_fills_up_is_one_line_and_the_build_goes_on_from_there(
+    done: int, limit: int, whole: Path, tiny_dir: Path, problems: Path, tmp_path: Path
+) -> None:
+    """A limit on file size, under which the kernel fails a write half-way, as a full disk does."""
+    out = tmp_path / "cache"
+    if done:  # the tiers and the first unit
+        shutil.copytree(whole, out, ignore=shutil.ignore_patterns("manifest.json", "0000000[1-9]"))
+    before = content(out)
+    full = subprocess.run(
+        command(tiny_dir, out, problems),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert full.returncode == 2, full.stderr
+    (line,) = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert "File too large; make it writable or free some space, then run it again" in line
+    assert "Traceback" not in full.stderr
+    after = content(out)
+    assert not [name for name in after if ".partial" in name]
+    assert before.items() <= after.items()
+    build_here(tiny_dir, out, problems)
+    assert content(out) == content(whole)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("targets", ["topk:k=8", "hidden"])
+def test_a_teacher_of_logits_that_are_no_numbers_is_one_line_and_no_targets(
+    value: float, targets: str, tiny_dir: Path, problems: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    broken, out = shutil.copytree(tiny_dir, tmp_path / "broken"), tmp_path / "cache"
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    model.get_input_embeddings().weight.data[1234] = value  # the head, too: every row has one such logit
+    model.save_pretrained(broken)
+    with pytest.raises(UserError, match="finite"):
+        build_here(broken, out, problems, targets=targets, temperature=0)
+    assert [name for name in content(out) if name.startswith("targets/") and "record" in name] == []
+
+
 def test_debug_shows_the_traceback(tiny_dir: Path, tmp_path: Path) -> None:
     done = finish([*command(tiny_dir, tmp_path, tmp_path / "missing.json"), "--debug"])
     assert done.returncode != 0
@@ -289,105 +354,6 @@ def test_there_is_progress_with_a_rate_on_a_plain_stream(whole: Path, tiny_dir: 
     )
     assert "20/20" in done.stderr
     assert "sequences/s" in done.stderr
-
-
-MORE = [{"id": f"q{n}", "problem": f"What is {n} times {n + 3}?", "answer": str(n * (n + 3))} for n in range(5)]
-
-
-@pytest.fixture(scope="module")
-def more(problems: Path) -> Path:
-    """A set that holds all of the first and five problems more."""
-    file = problems.parent / "more.jsonl"
-    file.write_text("".join(json.dumps(problem) + "\n" for problem in [*PROBLEMS, *MORE]))
-    return file
-
-
-@pytest.fixture(scope="module")
-def appended(whole: Path, tiny_dir: Path, more: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole cache, with the five problems appended."""
-    copy = shutil.copytree(whole, tmp_path_factory.mktemp("appended") / "cache")
-    done = finish(command(tiny_dir, copy, more, "--append", "--json"))
-    assert done.returncode == 0, done.stderr
-    assert "10 of 15 problems are there already, 5 are new" in done.stderr
-    assert [item["count"] for item in json.loads(done.stdout)["appended"]] == [5]
-    return copy
-
-
-def test_appended_problems_follow_the_first_and_change_no_part(whole: Path, appended: Path) -> None:
-    ids = [s.problem_id for s in open_cache(str(appended), targets=None).read_tokens(range(15))]
-    assert ids == [problem["id"] for problem in [*PROBLEMS, *MORE]]
-    before, after = content(whole), content(appended)
-    assert {name for name in before if after[name] != before[name]} == {"manifest.json"}
-    assert run("verify", str(appended), "--deep").returncode == 0
-
-
-def test_an_append_that_was_killed_ends_in_the_same_bytes(
-    appended: Path, whole: Path, tiny_dir: Path, problems: Path, more: Path, tmp_path: Path
-) -> None:
-    out = shutil.copytree(whole, tmp_path / "cache")
-    for _ in range(2):
-        process = subprocess.Popen(command(tiny_dir, out, more, "--append"), stderr=subprocess.PIPE, text=True)
-        wait_for_part(out, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-    assert finish(command(tiny_dir, out, problems)).returncode == 0  # the first set is whole, and stays
-    for worker in ("2/2", "1/2"):
-        assert finish(command(tiny_dir, out, more, "--append", "--worker", worker)).returncode == 0
-    assert content(out) == content(appended)
-    assert finish(command(tiny_dir, out, more, "--append")).returncode == 0  # nothing new
-    assert content(out) == content(appended)
-
-
-def test_an_append_is_refused_where_it_does_not_fit(
-    whole: Path, tiny_dir: Path, problems: Path, more: Path, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(whole, tmp_path / "cache")
-    for options, found in (
-        ((), "identity.problems.count: 10 there, 15 asked; add --append"),
-        (("--append", "--seed", "6"), "identity.sampling.seed: 5 there, 6 asked"),
-        (("--append", "--targets", "hidden"), "it has hidden, topk"),
-    ):
-        arguments = command(tiny_dir, copy, more)
-        for name, value in zip(options[1::2], options[2::2], strict=True):
-            arguments[arguments.index(name) + 1] = value
-        refused = finish([*arguments, *options[:1]])
-        assert refused.returncode == 2
-        assert found in refused.stderr
-        assert content(copy) == content(whole)
-    (copy / "sequences" / "00000003" / "record.json").unlink()
-    refused = finish(command(tiny_dir, copy, more, "--append"))
-    assert "1 of 4 units of earlier problems are missing" in refused.stderr
-
-
-@pytest.mark.parametrize("damage", [bytes.upper, None], ids=["flipped", "lost"])
-def test_a_damaged_set_is_restored(appended: Path, tmp_path: Path, damage: Callable[[bytes], bytes] | None) -> None:
-    copy = shutil.copytree(appended, tmp_path / "cache")
-    victim = copy / "appended" / "00000001.json"
-    if damage is None:
-        victim.unlink()
-    else:
-        victim.write_bytes(damage(victim.read_bytes()))
-    assert run("verify", str(copy), "--repair").returncode == 1
-    assert content(copy) == content(appended)
-
-
-def test_a_set_lost_before_sealing_is_made_again_by_its_own_command_only(
-    appended: Path, tiny_dir: Path, more: Path, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(appended, tmp_path / "cache")
-    (copy / "appended" / "00000001.json").unlink()
-    (copy / "manifest.json").unlink()
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps(problem) + "\n" for problem in MORE[:2]))
-    refused = finish(command(tiny_dir, copy, other, "--append"))
-    assert "run the command that appended those first" in refused.stderr
-    assert finish(command(tiny_dir, copy, more, "--append")).returncode == 0
-    assert content(copy) == content(appended)
-
-
-def test_merging_brings_appended_sets_along(appended: Path, whole: Path, tmp_path: Path) -> None:
-    assert run("merge", str(whole), str(appended), "--out", str(tmp_path / "merged")).returncode == 0
-    assert content(tmp_path / "merged") == content(appended)
 
 
 def test_info_shows_the_tiers_of_an_unsealed_cache(whole: Path, tmp_path: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import resource
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ import pytest
 from logitcache.errors import UserError
 from logitcache.store.local import LocalPlace
 from logitcache.store.place import ByteRange
+from tests.logitcache.store.test_crash import SMALL
 
 
 def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(tmp_path, flushes):
@@ -47,6 +53,43 @@ def test_a_disk_that_takes_no_more_is_an_error_and_leaves_nothing(tmp_path):
     assert dict(place.sizes("")) == {"x": 3}
     place.write({"x": bytes(5000)})
     assert place.read("x") == bytes(5000)
+
+
+READ_ONLY = """
+import os, sys
+from tests.logitcache.store.test_crash import SMALL, build
+where = sys.argv[1]
+build(SMALL.start(where + "-warm"))  # imports what the other user may not even read
+if os.getuid() == 0:
+    os.setuid(65534)
+print(len(SMALL.open(where, targets="hidden", committed=True).read([0, 1, 2])))
+for url in (where, where + "/new"):
+    try:
+        build(SMALL.start(url))
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_a_folder_that_may_only_be_read_is_read_and_its_build_is_one_line(objects_of):
+    with tempfile.TemporaryDirectory() as top:  # pytest's own folders are closed to other users
+        os.chmod(top, 0o755)
+        where = f"{top}/cache"
+        SMALL.write_unit(SMALL.start(where), 0)
+        before = objects_of(where)
+        for folder, _, _ in os.walk(where):
+            os.chmod(folder, 0o555)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", READ_ONLY, where], env=environment, capture_output=True, text=True, check=False
+        )
+        for folder, _, _ in os.walk(where):
+            os.chmod(folder, 0o755)
+        count, *errors = done.stdout.splitlines()
+        assert (count, len(errors)) == ("3", 2), done.stderr
+        for error, name in zip(errors, ("sequences/000001", "identity.json"), strict=True):
+            assert re.match(rf"UserError write {name}.*Permission denied.*make it writable", error), error
+        assert objects_of(where) == before
 
 
 def test_ranges_are_exact_or_an_error(tmp_path):

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from logitcache.errors import DamagedError, IdentityError, UserError
-from logitcache.store import create, export_parquet, merge
+from logitcache.store import AppendedSet, create, export_parquet, merge
 from tests.logitcache.store.conftest import World
 from tests.logitcache.store.plain_codecs import plain_codec
 
@@ -49,6 +49,22 @@ def test_merging_refuses_what_does_not_fit(world, tmp_path):
     shard.write_bytes(shard.read_bytes()[::-1])
     with pytest.raises(DamagedError, match="000002/token_ids"):
         merge(urls[:1], str(tmp_path / "out2"))
+
+
+def test_conflicting_problem_sets_are_refused_before_anything_is_written(world, tmp_path, objects_of):
+    one, other, into = (str(tmp_path / name) for name in ("one", "other", "into"))
+    for where, sha256 in ((one, "a"), (other, "b"), (into, "b")):
+        store = world.start(where)
+        world.write_unit(store, 0)
+        store.append(AppendedSet(count=5, sha256=sha256, first_unit=1, units=1))
+    before = objects_of(into)
+    for sources, out in (([one, other], str(tmp_path / "new")), ([one], into)):
+        with pytest.raises(IdentityError, match="other problems were appended to them"):
+            merge(sources, out, codec_factory=plain_codec)
+    assert not (tmp_path / "new").exists()
+    assert objects_of(into) == before
+    world.build(str(tmp_path / "plain"), units=1)  # a beginning of the longer list is no conflict
+    assert len(merge([str(tmp_path / "plain"), other], str(tmp_path / "new")).appended()) == 1
 
 
 @pytest.mark.parametrize("remote_out", [False, True])

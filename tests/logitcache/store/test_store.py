@@ -225,6 +225,18 @@ def test_wrong_requests_are_one_line(world, url):
     store.write_sequences("000000", world.sequences(0), {"flops": {"generate": 100.0}})
 
 
+def test_a_token_that_the_teacher_does_not_have_is_never_committed(world, url):
+    store = world.start(url)
+    good, last = world.sequences(0)[0], world.sequences(0)[2]
+    ids = last.token_ids.copy()
+    ids[-1] = 97
+    with pytest.raises(UserError, match="write sequences of unit 0: token id 97 is beyond the teacher's 97 tokens"):
+        store.write_sequences("0", [good, dataclasses.replace(last, token_ids=ids)])
+    assert store.committed().sequences == ()
+    ids[-1] = 96
+    store.write_sequences("0", [good, dataclasses.replace(last, token_ids=ids)])
+
+
 def test_facts_must_be_json(world, url):
     store = world.start(url)
     with pytest.raises(UserError, match="finite JSON"):

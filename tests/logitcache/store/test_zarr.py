@@ -70,6 +70,12 @@ def by_tensorstore(folder: Path) -> NDArray[Any]:
     return np.asarray(tensorstore.open(driver, read=True).result().read().result())
 
 
+def by_zarrs(folder: Path) -> NDArray[Any]:
+    """By the Rust implementation alone: `strict` is to fail where zarr-python would help out."""
+    with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "codec_pipeline.strict": True}):
+        return by_zarr(folder)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 3000])
 def test_other_readers_open_our_arrays(tmp_path, case, shard_bytes, monkeypatch):
@@ -80,15 +86,17 @@ def test_other_readers_open_our_arrays(tmp_path, case, shard_bytes, monkeypatch)
     assert (by_zarr(tmp_path) == values).all()
     assert by_zarr(tmp_path).dtype == values.dtype
     assert (by_tensorstore(tmp_path) == values).all()
+    assert (by_zarrs(tmp_path) == values).all()
     check_slices(stored, values)
 
 
-def test_pcodec_opens_in_zarr_python(tmp_path):
+def test_pcodec_opens_in_zarr_python_and_zarrs(tmp_path):
     values = np.cumsum(np.random.default_rng(0).integers(-3, 4, (900, 4)), axis=0).astype(np.int32)
     spec = spec_of("int32", values.shape, (256, 1), PCODEC)
     stored = write(tmp_path, spec, values)
-    with pytest.warns(UserWarning, match="Numcodecs codecs"):
-        assert (by_zarr(tmp_path) == values).all()
+    for read in (by_zarr, by_zarrs):
+        with pytest.warns(UserWarning, match="Numcodecs codecs"):
+            assert (read(tmp_path) == values).all()
     check_slices(stored, values)
 
 
