@@ -15,7 +15,6 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -25,13 +24,16 @@ from numpy.typing import NDArray
 from logitcache.codecs import codec_from_config
 from logitcache.codecs.codec import Codec
 from logitcache.errors import DamagedError, UserError
+from logitcache.pickling import as_arguments
 from logitcache.records import Head, ScoredSequence, TokenSequence
 from logitcache.service import wire
 from logitcache.service.connection import LOST, Connection
 from logitcache.service.requests import MAX_SEQUENCES, Request, RowsRequest, SamplesRequest, SharedRequest, to_bytes
 from logitcache.store.envelope import unseal
 from logitcache.store.manifest import Manifest
+from logitcache.store.reader import checked_indices
 from logitcache.store.tiers import CodecFactory
+from logitcache.store.windows import Window
 
 NOT_WHAT_WAS_ASKED = (ValueError, LookupError, TypeError, UserError, pa.ArrowException)
 
@@ -63,8 +65,7 @@ class FlightReader:
         return int(self.manifest.starts[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
-        return partial(FlightReader, **fields), ()
+        return as_arguments(self)
 
     @property
     def codec(self) -> Codec | None:
@@ -105,18 +106,14 @@ class FlightReader:
         return table if columns is None else table.select(list(columns))
 
     def _request(self, indices: Sequence[int], tier: str | None, first: int, limit: int | None) -> RowsRequest:
-        wanted = tuple(int(index) for index in indices)
-        if wanted and (min(wanted) < 0 or max(wanted) >= len(self)):
-            raise UserError(f"indices of {len(self)} sequences", f"{min(wanted)} to {max(wanted)}", "give 0 to len - 1")
-        if first < 0 or (limit is not None and limit < 0):
-            raise UserError("a window of target rows", f"got {first}, {limit}", "give counts of 0 or more")
+        window = Window(first=first, limit=limit)
         return RowsRequest(
             cache=self.cache,
             manifest=str(self.manifest.digest),
             tier=tier,
-            indices=wanted,
-            first=first,
-            limit=limit,
+            indices=tuple(checked_indices(indices, len(self)).tolist()),
+            first=window.first,
+            limit=window.limit,
             encoded=self.encoded and tier is not None,
         )
 

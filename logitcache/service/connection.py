@@ -6,12 +6,10 @@ restarts, is busy, or hangs up) is asked again after growing random pauses, for 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -26,6 +24,7 @@ from tenacity import (
 )
 
 from logitcache.errors import UserError
+from logitcache.pickling import as_arguments
 from logitcache.service.refusals import LOG, from_flight
 
 LOST = (
@@ -73,8 +72,7 @@ class Connection:
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
-        return partial(Connection, **fields), ()
+        return as_arguments(self)
 
     def ask(self, attempt: Attempt[_Found]) -> _Found:
         """What an attempt returns, made again while it ends in `LOST`.

@@ -7,19 +7,19 @@ arguments and opens its place anew in the process that uses it.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from logitcache.codecs import codec_from_config
 from logitcache.codecs.codec import Codec
 from logitcache.errors import UserError
+from logitcache.pickling import as_arguments
 from logitcache.records import Head, ScoredSequence, TokenSequence
 from logitcache.store import layout
 from logitcache.store.fetch import fetch_rows
@@ -35,6 +35,14 @@ INDEX_MEMORY_BYTES = 256 << 20
 PARTS_AT_ONCE = 256
 """Parts whose records are read together where all are wanted."""
 _Made = TypeVar("_Made")
+
+
+def checked_indices(indices: Sequence[int], count: int) -> NDArray[np.int64]:
+    """int64[N]: indices of `count` sequences. Raises UserError for one out of range."""
+    wanted = np.asarray(indices, np.int64).reshape(-1)
+    if wanted.size and (wanted.min() < 0 or wanted.max() >= count):
+        raise UserError(f"indices of {count} sequences", f"{wanted.min()} to {wanted.max()}", "give 0 to len - 1")
+    return wanted
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,8 +69,7 @@ class Reader:
         return int(self.manifest.starts[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
-        return partial(Reader, **fields), ()
+        return as_arguments(self)
 
     @property
     def codec(self) -> Codec | None:
@@ -123,10 +130,7 @@ class Reader:
         ]
 
     def _select(self, indices: Sequence[int], window: Window) -> list[Selection]:
-        wanted = np.asarray(indices, np.int64).reshape(-1)
-        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
-            found = f"{wanted.min()} to {wanted.max()}"
-            raise UserError(f"indices of {len(self)} sequences", found, "give 0 to len - 1")
+        wanted = checked_indices(indices, len(self))
         starts = self.manifest.starts
         parts = np.searchsorted(starts, wanted, side="right") - 1
         found_parts = self._lazily("parts", self._part_cache).get(parts.tolist())

@@ -33,18 +33,22 @@ def trainer(*arguments: str | Path, before: str = "") -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.fixture(scope="module")
-def cache(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("cache")
+def built(place: Path, teacher: Path, targets: str) -> Path:
+    """A sealed cache of 16 sums in a folder of its own."""
     problems = place / "problems.jsonl"
     problems.write_text(
         "".join(json.dumps({"id": f"p{n}", "problem": f"What is {n} + {n}?"}) + "\n" for n in range(16))
     )
     request = BuildRequest(
-        problems=str(problems), out=str(place / "cache"), teacher=str(tiny_dir), targets="hidden", dtype="float32"
+        problems=str(problems), out=str(place / "cache"), teacher=str(teacher), targets=targets, dtype="float32"
     )
     build_cache(request, sampling=Sampling(max_new_tokens=12, top_p=1.0), style=PromptStyle(instruction=""))
     return place / "cache"
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("cache"), tiny_dir, "hidden")
 
 
 @pytest.fixture(scope="module")
@@ -362,17 +366,7 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(cache: Path,
 @pytest.fixture(scope="module")
 def tiers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache without exact targets."""
-    place = tmp_path_factory.mktemp("tiers")
-    problems = place / "problems.jsonl"
-    problems.write_text(
-        "".join(json.dumps({"id": f"p{n}", "problem": f"What is {n} + {n}?"}) + "\n" for n in range(16))
-    )
-    request = BuildRequest(
-        problems=str(problems), out=str(place / "cache"), teacher=str(tiny_dir), targets="topk:k=32,sampled:n=64",
-        dtype="float32",
-    )  # fmt: skip
-    build_cache(request, sampling=Sampling(max_new_tokens=12, top_p=1.0), style=PromptStyle(instruction=""))
-    return place / "cache"
+    return built(tmp_path_factory.mktemp("tiers"), tiny_dir, "topk:k=32,sampled:n=64")
 
 
 @pytest.mark.parametrize(("tier", "ending"), [("topk", "_coarse"), ("sampled", "_sampled")])

@@ -28,6 +28,7 @@ from logitcache.records import (
     TopKTargets,
 )
 from logitcache.scoring import TopKRequest
+from logitcache.service import undecoded as service
 from logitcache.store import Store, create
 
 VOCAB, WIDTH, MOST_KEPT = 49_152, 576, 24
@@ -123,34 +124,9 @@ def write_cache(made: Made, url: str, *, per_part: int, storage_options: Mapping
     return store
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Packed:
-    """What a codec would decode."""
-
-    arrays: Mapping[str, NDArray[Any]]
-    rows: int
-
-    def __len__(self) -> int:
-        return self.rows
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Undecoded:
-    """A codec that leaves its arrays packed."""
-
-    codec: Codec
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.codec, name)
-
-    def decode(self, arrays: Mapping[str, NDArray[Any]]) -> Packed:
-        """The arrays themselves; the first one has a row a target row."""
-        return Packed(arrays=arrays, rows=len(next(iter(arrays.values()))))
-
-
 def undecoded(config: dict[str, Any], shared: Mapping[str, NDArray[Any]]) -> Any:
     """A codec factory."""
-    return Undecoded(codec=codec_from_config(config, shared))
+    return service.undecoded(codec_from_config(config, shared))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from logitcache.scorers.hf import engine_for
 from logitcache.scoring import Prompt, Sampling
+from tools.bench.timing import interleaved
 from trainer.rollouts import student_generator
 from trainer.student import load_student
 
@@ -52,13 +52,7 @@ def main() -> None:
         "copy": lambda: copied.generate(prompts, sampling),
         "autocast": lambda: autocast.generate(prompts, sampling),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in subjects}
-    for number in range(rounds + 1):
-        for name, action in subjects.items():
-            started = time.perf_counter()
-            action()
-            if number:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - started)
+    seconds = interleaved(subjects, rounds)
     result: dict[str, object] = {f"{name}_s": kept for name, kept in seconds.items()}
     for name, over in (("static", "dynamic"), ("copy", "autocast")):
         pairs = zip(seconds[name], seconds[over], strict=True)

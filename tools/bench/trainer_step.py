@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -21,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from kernels import SampledTargets
 from logitcache.store import open_cache
+from tools.bench.timing import interleaved
 from trainer.batch import Batch, collate, teacher_head
 from trainer.objectives import Objective, token_mean
 from trainer.rollouts import with_own_tokens
@@ -71,13 +71,7 @@ def main() -> None:
     subjects: dict[str, Callable[[], None]] = {
         "ce": plain, "topk": from_top_k, "hidden": from_hidden, "head": products
     }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in subjects}
-    for number in range(rounds + 1):
-        for name, action in subjects.items():
-            started = time.perf_counter()
-            action()
-            if number:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - started)
+    seconds = interleaved(subjects, rounds)
     pairs = zip(seconds["ce"], seconds["topk"], seconds["hidden"], seconds["head"], strict=True)
     ratios = [(k / ce, h / (ce + product)) for ce, k, h, product in pairs]
     result: dict[str, object] = {f"{name}_s": kept for name, kept in seconds.items()} | {"rows": rows}
