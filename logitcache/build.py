@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from logitcache import flops
 from logitcache.codecs import Calibration, Codec, TargetSpec, TopKSpec, calibrate
 from logitcache.codecs.calibrate import fit_topk_to_targets, topk_request
-from logitcache.codecs.dense import DenseHead
+from logitcache.codecs.dense import DenseHead, spread
 from logitcache.codecs.fidelity import Gauge
 from logitcache.codecs.quantize import as_float32
 from logitcache.records import Head, HiddenStateTargets, TeacherTargets, TokenSequence, TopKTargets
@@ -206,7 +206,7 @@ class Build:
     def _measured_states(self, targets: Sequence[tuple[TeacherTargets, ...]]) -> NDArray[np.float32] | None:
         if not self.shows_states:
             return None
-        return _every_nth(np.concatenate([_states(item) for item in targets]), FIDELITY_ROWS)
+        return spread(np.concatenate([_states(item) for item in targets]), FIDELITY_ROWS)
 
     def _kl_nats(self, codec: Codec, sample: NDArray[np.float32] | None) -> list[float]:
         # Draws are no distribution: they are unbiased, and have no KL of their own.
@@ -230,7 +230,3 @@ def _states(targets: Sequence[TeacherTargets]) -> NDArray[np.float32]:
     hidden = targets[-1]
     assert isinstance(hidden, HiddenStateTargets)
     return as_float32(hidden.hidden)
-
-
-def _every_nth(rows: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]

@@ -10,9 +10,11 @@ the embedding look-up, the optimizer), and work an engine wastes (padding, seque
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from logitcache.errors import UserError
@@ -85,6 +87,11 @@ class ModelShape:
             vocab=int(config["vocab_size"]),
             **(_experts_of(config) if model_type == "qwen3_moe" else {}),
         )
+
+    @classmethod
+    def of(cls, model_dir: Path) -> ModelShape:
+        """Of a model's directory; errors as `from_config`."""
+        return cls.from_config(json.loads((model_dir / "config.json").read_text()))
 
     @property
     def parameters(self) -> int:

@@ -6,7 +6,6 @@ can tell.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 
 from logitcache import flops
 from logitcache.append import all_units, append_problems, open_first, open_to_append
-from logitcache.build import Build, Unit, cut_into_units, missing_units, require_same_tiers, share_of
+from logitcache.build import Build, Comparison, Unit, cut_into_units, missing_units, require_same_tiers, share_of
 from logitcache.cluster import RayCluster, build_on_ray
 from logitcache.codecs import TargetSpec, parse_targets
 from logitcache.console import Progress, note
@@ -107,7 +106,7 @@ def build_cache(
     specs = parse_targets(request.targets)
     problems = load_problems(request.problems, limit=request.limit)
     model_dir = resolve_model(request.teacher)
-    shape = flops.ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
+    shape = flops.ModelShape.of(model_dir)
 
     from logitcache.scorers.hf import load_tokenizer
 
@@ -160,7 +159,7 @@ def score_cache(url: str, *, teacher: str, targets: str, compare_engines: bool =
     built_by = store.identity["teacher"]
     model_dir = resolve_model(teacher)
     require_same_teacher(url, built_by, model_dir)
-    shape = flops.ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
+    shape = flops.ModelShape.of(model_dir)
     require_same_tiers(store, specs)
     share = missing_units(committed, units, tiers)
     if share:
@@ -241,11 +240,8 @@ class _Job:
     compare_engines: bool
 
     def __call__(self, on_sequences: Callable[[int], None]) -> Build:
-        from logitcache.scorers.compare import compare_with_reference
-
         generator, scorer = self.engines
         shows_states = not isinstance(scorer, Served)
-        compare = self.compare_engines and shows_states and scorer != "transformers"
         engine = load_teacher(generator, scorer, self.model_dir, dtype=self.dtype, on_sequences=on_sequences)
         return Build(
             engine=engine,
@@ -254,9 +250,16 @@ class _Job:
             units=self.units,
             specs=self.specs,
             sampling=self.sampling,
-            compare=partial(compare_with_reference, self.model_dir) if compare else None,
+            compare=self._comparison() if shows_states and scorer != "transformers" else None,
             shows_states=shows_states,
         )
+
+    def _comparison(self) -> Comparison | None:
+        if not self.compare_engines:
+            return None
+        from logitcache.scorers.compare import compare_with_reference
+
+        return partial(compare_with_reference, self.model_dir)
 
 
 def _run(job: _Job, share: Sequence[Unit], out: str, cluster: RayCluster | None) -> None:

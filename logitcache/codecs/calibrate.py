@@ -73,7 +73,6 @@ def topk_request(spec: TopKSpec, p: float, vocab_size: int) -> TopKRequest:
     return TopKRequest(max_k=min(spec.k, vocab_size), min_probability=p, mass=spec.mass)
 
 
-@one_blas_thread()
 def fit_topk_to_targets(spec: TopKSpec, vocab_size: int, targets: Sequence[TopKTargets]) -> TopKCodec:
     """A top-k codec fitted to what a scorer gave for `topk_request`, where that is all that it can give.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.codecs.dense import spread
 from logitcache.errors import UserError
 
 JUDGED_ROWS = 1024
@@ -52,8 +53,7 @@ class Calibration:
     @property
     def held_out(self) -> Calibration:
         """Rows of every fourth sequence, evenly spread, 1,024 at most; of a single sequence the last quarter."""
-        rows = np.flatnonzero(self._is_held_out)
-        return self.rows(rows[np.linspace(0, len(rows) - 1, min(JUDGED_ROWS, len(rows))).astype(int)])
+        return self.rows(spread(np.flatnonzero(self._is_held_out), JUDGED_ROWS))
 
     @property
     def _is_held_out(self) -> NDArray[np.bool_]:

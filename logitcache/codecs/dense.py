@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,11 @@ BLOCK_ROWS = 256
 def row_blocks(rows: int, block: int = BLOCK_ROWS) -> Iterator[slice]:
     """Slices that cover `rows` rows, at most `block` each."""
     return (slice(start, min(start + block, rows)) for start in range(0, rows, block))
+
+
+def spread(rows: NDArray[Any], count: int) -> NDArray[Any]:
+    """At most `count` of the rows, evenly from the first to the last."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
 class DenseHead:

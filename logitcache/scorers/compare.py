@@ -6,7 +6,6 @@ the exact KL in both directions over the full vocabulary, on a sample of its fir
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codecs.dense import DenseHead, row_blocks
+from logitcache.codecs.blas import one_blas_thread
+from logitcache.codecs.dense import DenseHead, row_blocks, spread
 from logitcache.codecs.fidelity import kl_nats
 from logitcache.codecs.quantize import as_float32
 from logitcache.errors import UserError
@@ -50,23 +50,20 @@ def compare_with_reference(
     """
     reference = _load(model_dir)
     again = reference.score(sequences[:COMPARED_SEQUENCES], [HiddenStateRequest()])
-    theirs = _spread([as_float32(item.hidden) for (item,) in again if isinstance(item, HiddenStateTargets)])
-    ours, own, other = _spread(states[:COMPARED_SEQUENCES]), DenseHead(head), DenseHead(reference.head)
+    exact = np.concatenate([as_float32(item.hidden) for (item,) in again if isinstance(item, HiddenStateTargets)])
+    theirs, ours = (spread(rows, COMPARED_ROWS) for rows in (exact, np.concatenate(states[:COMPARED_SEQUENCES])))
+    own, other = DenseHead(head), DenseHead(reference.head)
     found: dict[str, list[float]] = {"forward": [], "reverse": []}
-    for block in row_blocks(len(ours), _BLOCK_ROWS):
-        measured, exact = own.log_probs(ours[block]), other.log_probs(theirs[block])
-        found["forward"] += kl_nats(exact, measured).tolist()
-        found["reverse"] += kl_nats(measured, exact).tolist()
+    with one_blas_thread():  # the values go into a part, whose bytes follow from them
+        for block in row_blocks(len(ours), _BLOCK_ROWS):
+            measured, exact = own.log_probs(ours[block]), other.log_probs(theirs[block])
+            found["forward"] += kl_nats(exact, measured).tolist()
+            found["reverse"] += kl_nats(measured, exact).tolist()
     return found
 
 
-def _spread(states: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    rows = np.concatenate(states)
-    return rows[np.linspace(0, len(rows) - 1, min(COMPARED_ROWS, len(rows))).astype(int)]
-
-
 def _load(model_dir: Path) -> HFEngine:
-    shape = ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
+    shape = ModelShape.of(model_dir)
     needed, available = 4 * (shape.parameters + 3 * shape.hidden * shape.vocab), _available_bytes()
     if needed > available:
         raise UserError(
