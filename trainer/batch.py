@@ -131,6 +131,13 @@ def micro_batches(scored: Sequence[ScoredSequence], max_tokens: int) -> Iterator
         yield batch
 
 
+def batches_of(
+    scored: Sequence[ScoredSequence], head: TeacherHead | None, device: torch.device, max_tokens: int
+) -> list[Batch]:
+    """Sequences as micro-batches of at most `max_tokens` rows; see `micro_batches` and `collate`."""
+    return [collate(part, head, device) for part in micro_batches(scored, max_tokens)]
+
+
 def teacher_head_flops(batch: Batch) -> int:
     """What the teacher's logits of this batch cost: a product for hidden states, nothing for what was stored."""
     match batch.targets:

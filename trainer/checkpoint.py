@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from logitcache.errors import UserError, require
-from trainer.runs import sync, write_json
+from logitcache.store.local import flush
+from trainer.runs import write_json
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -80,9 +81,9 @@ class Checkpoints:
             save_file(_moments(model, optimizer), partial / OPTIMIZER)
             write_json(partial / STATE, {name: part.state() for name, part in parts.items()})
             for path in (partial / MODEL, partial / OPTIMIZER, partial):
-                sync(path)
+                flush(path)
             partial.rename(target)
-            sync(self.directory)
+            flush(self.directory)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             last = self.latest()

@@ -19,7 +19,7 @@ from logitcache.flops import ModelShape
 from logitcache.loader import Batches, Prefetch, SequenceReader, ShuffledOrder
 from logitcache.records import ScoredSequence, TokenSequence
 from logitcache.scoring import Generator, HiddenStateRequest, Prompt, Sampling, Scorer
-from trainer.batch import Batch, TeacherHead, collate, micro_batches
+from trainer.batch import Batch, TeacherHead, batches_of
 from trainer.flops import FlopLedger, add_rollout, add_scoring
 from trainer.settings import BatchPlan
 
@@ -93,9 +93,7 @@ class CachedPrefixes:
             self._ahead = Prefetch(self._batches.__getitem__, start=self._position)
         scored = next(self._ahead)
         self._position += 1
-        return [
-            collate(part, self._head, self._device) for part in micro_batches(scored, self._plan.micro_batch_tokens)
-        ]
+        return batches_of(scored, self._head, self._device, self._plan.micro_batch_tokens)
 
     def use_window(self, completion_tokens: int) -> None:
         """See `PrefixSource.use_window`. What was read ahead under another window is dropped."""
@@ -166,7 +164,7 @@ class OnPolicyPrefixes:
         new_tokens = [rollout.completion_tokens for rollout in rollouts]
         add_rollout(ledger, self.student_shape, prompt_tokens, new_tokens, step=step)
         add_scoring(ledger, self.teacher_shape, [len(rollout) - 1 for rollout in rollouts], step=step)
-        return [collate(part, self.head, self.device) for part in micro_batches(scored, self.plan.micro_batch_tokens)]
+        return batches_of(scored, self.head, self.device, self.plan.micro_batch_tokens)
 
     def use_window(self, completion_tokens: int) -> None:
         """See `PrefixSource.use_window`."""

@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from logitcache.errors import UserError
+from logitcache.store.envelope import first_difference
+from logitcache.store.local import flush
 
 CONFIG = "config.json"
 PROVENANCE = ("versions", "device", "commit")
@@ -60,43 +62,25 @@ def open_run(out: Path, config: Mapping[str, Any]) -> bool:
         write_json(file, config)
         return False
     try:
-        there = json.loads(file.read_text())
-        different = _difference(there, json.loads(json.dumps(config)))
+        there = _deciding(json.loads(file.read_text()))
     except (ValueError, AttributeError) as error:
         raise UserError(f"a run in {out}", f"its {CONFIG} is damaged ({error})", "choose another --out") from error
+    different = first_difference(there, _deciding(json.loads(json.dumps(config))))
     if different is not None:
         raise UserError(f"go on with the run in {out}", f"it has another {different}", "choose another --out")
     return True
 
 
-def _difference(there: Mapping[str, Any], asked: Mapping[str, Any], path: str = "") -> str | None:
-    """The first value that differs, with both; None if none does."""
-    for name in sorted(there.keys() | asked.keys()):
-        old, new = there.get(name), asked.get(name)
-        if not path and name in PROVENANCE:
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            if inner := _difference(old, new, f"{path}{name}."):
-                return inner
-        elif old != new:
-            return f"{path}{name}: {json.dumps(old)} there, {json.dumps(new)} asked"
-    return None
-
-
-def sync(path: Path) -> None:
-    """Force a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without where it was run."""
+    return {name: value for name, value in config.items() if name not in PROVENANCE}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Put a JSON object into a file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
-    sync(partial)
+    flush(partial)
     partial.replace(path)
 
 

@@ -52,3 +52,18 @@ def unseal(data: bytes) -> Sealed:
         return Sealed(json.loads(body), digest.decode())
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> str | None:
+    """Where two parsed JSON values first differ, and how: `sampling.seed: 5 there, 6 asked`.
+
+    None if they do not; what is missing is as good as null.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        pairs = ((old.get(name), new.get(name), f"{path}.{name}" if path else name) for name in names)
+        return next(filter(None, (first_difference(*pair) for pair in pairs)), None)
+    if old == new:
+        return None
+    there, asked = (json.dumps(value)[:80] for value in (old, new))
+    return f"{path}: {there} there, {asked} asked"

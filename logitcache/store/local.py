@@ -72,12 +72,12 @@ class LocalPlace:
                 try:
                     for name in names:
                         temporaries.append(self._temporary(objects[name]))
-                    list(pool.map(_flush, temporaries))
+                    list(pool.map(flush, temporaries))
                     targets = [Path(self.root) / name for name in names]
                     for temporary, target in zip(temporaries, targets, strict=True):
                         _make_folder(target.parent)
                         os.replace(temporary, target)
-                    list(pool.map(_flush, {target.parent for target in targets}))
+                    list(pool.map(flush, {target.parent for target in targets}))
                 finally:
                     for temporary in temporaries:
                         temporary.unlink(missing_ok=True)
@@ -90,14 +90,14 @@ class LocalPlace:
         try:
             temporary = self._temporary(data)
             try:
-                _flush(temporary)
+                flush(temporary)
                 _make_folder(target.parent)
                 os.link(temporary, target)
             except FileExistsError:
                 return False
             finally:
                 temporary.unlink()
-            _flush(target.parent)
+            flush(target.parent)
         except OSError as error:
             raise write_failed(self.shown, name, error) from error
         return True
@@ -111,7 +111,7 @@ class LocalPlace:
             else:
                 path.unlink(missing_ok=True)
             if path.parent.is_dir():
-                _flush(path.parent)
+                flush(path.parent)
         except FileNotFoundError:
             return  # another process cleared it first
         except OSError as error:
@@ -147,10 +147,10 @@ def _make_folder(path: Path) -> None:
         return
     _make_folder(path.parent)
     path.mkdir(exist_ok=True)
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Put a file, or a folder's entries, on the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

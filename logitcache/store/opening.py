@@ -15,7 +15,7 @@ from logitcache.errors import DamagedError, IdentityError, UserError
 from logitcache.store import layout
 from logitcache.store.commits import consolidate, list_committed, read_identity, read_manifest
 from logitcache.store.disk_cache import CachedSource, DiskCache
-from logitcache.store.envelope import canonical, digest_of, seal
+from logitcache.store.envelope import canonical, digest_of, first_difference, seal
 from logitcache.store.manifest import Manifest
 from logitcache.store.part import group_metadata
 from logitcache.store.place import Place, Source, open_place
@@ -55,7 +55,7 @@ def create(
         if not place.create(layout.IDENTITY, data):
             existing, _ = read_identity(place)
     if existing is not None and digest_of(existing) != digest:
-        where = _first_difference("identity", existing, dict(identity))
+        where = first_difference({"identity": existing}, {"identity": json.loads(canonical(dict(identity)))})
         raise IdentityError(f"build into {place.shown}", f"it has another {where}", "choose another place")
     groups = root_groups(digest)
     if any(_read_or_none(place, name) != group for name, group in groups.items()):
@@ -216,13 +216,3 @@ def tier_named(shown: str, manifest: Manifest, targets: str) -> str:
         return of_kind[0]
     have = ", ".join(f"{name} ({tier.kind})" for name, tier in manifest.tiers.items()) or "no targets"
     raise UserError(f"targets {targets} of {shown}", f"it has {have}", "name one of its tiers")
-
-
-def _first_difference(path: str, old: Any, new: Any) -> str:
-    """Where two identities first differ, and how."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            if canonical(old.get(key)) != canonical(new.get(key)):
-                return _first_difference(f"{path}.{key}", old.get(key), new.get(key))
-    shown = [json.dumps(value)[:80] for value in (old, new)]
-    return f"{path}: {shown[0]} there, {shown[1]} asked"

@@ -6,7 +6,7 @@ ledger cannot disagree where the lengths are the same; a build is counted as its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from logitcache import flops
@@ -61,7 +61,7 @@ class Pair:
 
     def teacher_logits(self, rows: int) -> int:
         """The teacher's logits of so many rows, from its hidden states."""
-        return 2 * rows * self.teacher.hidden * (self.vocab or self.teacher.vocab)
+        return flops.head(replace(self.teacher, vocab=self.vocab or self.teacher.vocab), rows)
 
 
 def step_cost(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from logitcache.flops import ModelShape
 from logitcache.identity import require_same_teacher, resolve_model, tokenizer_fingerprint
 from logitcache.scoring import Generator, Prompt, Sampling
 from logitcache.store import Reader, open_cache
-from trainer.batch import Batch, TeacherHead, collate, micro_batches, teacher_head
+from logitcache.store.opening import tier_named
+from logitcache.store.place import redact
+from trainer.batch import Batch, TeacherHead, batches_of, teacher_head
 from trainer.prefixes import CachedPrefixes, OnPolicyPrefixes, prompts_of
 from trainer.provenance import commit, device_name, versions
 from trainer.rollouts import reconciled_stop_ids, stops_used, student_generator
@@ -102,10 +104,14 @@ def open_data(cache_url: str, student_dir: Path, training: Training, *, targets:
         UserError: no such cache, tier or student, or too few problems to hold some out.
     """
     tokens = open_cache(cache_url, targets=None, tokenizer=_tokenizer_fingerprint(student_dir))
-    reader = open_cache(cache_url, targets=targets or best_tier(tokens, KINDS, cache_url))
+    manifest = tokens.manifest
+    # The same manifest for all: a cache that is sealed anew meanwhile must not be read at two states.
+    shown = redact(cache_url)
+    chosen = tier_named(shown, manifest, targets) if targets else best_tier(tokens, KINDS, shown)
+    reader = replace(tokens, tier=chosen)
     measured = reader
-    if kind_of(reader) not in EXACT and any(tier.kind in EXACT for tier in tokens.manifest.tiers.values()):
-        measured = open_cache(cache_url, targets=best_tier(tokens, EXACT, cache_url))
+    if kind_of(reader) not in EXACT and any(tier.kind in EXACT for tier in manifest.tiers.values()):
+        measured = replace(tokens, tier=best_tier(tokens, EXACT, shown))
     problem_ids = tokens.samples(["problem_id"])["problem_id"].to_pylist()
     split = split_by_problem(problem_ids, training.held_out_share)
     return CacheData(url=cache_url, reader=reader, measured=measured, split=split)
@@ -179,8 +185,7 @@ def held_out_batches(data: CacheData, student: Student, training: Training) -> l
     """The first held-out sequences of the cache, up to the training window."""
     indices = data.split.held_out[: training.held_out_sequences]
     scored = data.measured.read(indices, max_completion_tokens=training.window)
-    head = _head(data.measured, student)
-    return [collate(part, head, student.device) for part in micro_batches(scored, training.micro_batch_tokens)]
+    return batches_of(scored, _head(data.measured, student), student.device, training.micro_batch_tokens)
 
 
 def held_out_prompts(data: CacheData, training: Training) -> list[Prompt]:
