@@ -66,7 +66,8 @@ def run(count: int, folder: Path) -> dict[str, Any]:
         read = _read(folder, values)
         tally["detected_by_read"] += read == "refused"
         tally["false_data"] += read == "other"
-        tally["detected"] += read == "refused" or not verify(str(folder), deep=True, repair=True).sound
+        verified = verify(str(folder), deep=True, repair=True)
+        tally["detected"] += read == "refused" or not verified.sound
         tally["mended"] += _mended(made, folder, before)
     sound = tally["detected"] == tally["mended"] == count and not tally["false_data"]
     return {**tally, "sound": sound, "kinds": list(DAMAGES)}
