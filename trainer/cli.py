@@ -7,11 +7,12 @@ JSON object on standard output. Models and torch are imported by the commands th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from logitcache.console import answer, leave, run_command
+from logitcache.prompts import PromptStyle
 from logitcache.scoring import Sampling
 from trainer.planning.case import Aim, Case
 from trainer.settings import Prefix, Training
@@ -21,6 +22,7 @@ app = App(name="trainer", help=__doc__.splitlines()[0], version_flags=[])
 
 RUN = Training()
 CASE = Case()
+PROMPT_STYLE = PromptStyle()
 
 
 @app.command
@@ -192,6 +194,110 @@ def grid(
 
 
 @app.command
+def evaluate(
+    model: str,
+    /,
+    *,
+    problems: str,
+    out: Path,
+    samples: int = 8,
+    max_new_tokens: int = 4096,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    top_k: int = 20,
+    seed: int = 0,
+    style: Annotated[PromptStyle, Parameter(name="*")] = PROMPT_STYLE,
+    k: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (),
+    limit: int | None = None,
+    worker: str = "1/1",
+    generator: str = "transformers",
+    scorer: str | None = None,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    stop_tokens: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    chunk: int = 64,
+    answer_limit_s: int = 5,
+    cache: str | None = None,
+    window: int = 128,
+    held_out_share: float = 0.2,
+    held_out_sequences: int = 24,
+    json: bool = False,
+) -> None:
+    """Let a model answer problems and score it: Avg@k, Pass@k, maj@k, lengths, entropy, with 95% intervals.
+
+    Costs --samples completions of every problem, and one reading of each to measure entropy and stop mass; checking the
+    answers costs milliseconds each. Killed, the same command goes on after the last chunk; another configuration in the
+    same --out is refused. Several workers run it with the same --out and their own --worker; the last one sums up.
+
+    Example: trainer evaluate runs/student --problems math500 --out runs/student-math500 --samples 4
+
+    Args:
+        model: a transformers model id or directory of a causal language model; `embedded` is SmolLM2-135M-Instruct.
+        problems: aime24, amc23, math500 or gsm8k (from the hub), a Parquet, JSON or JSONL file or URL with columns
+            problem and answer, or the id of a hub dataset of such files.
+        out: a directory for samples.jsonl and result.json: new, or of this same evaluation.
+        samples: completions of each problem.
+        max_new_tokens: of a completion; one that reaches it counts as truncated.
+        temperature: of sampling; 0 is greedy, and takes --samples 1.
+        top_p: nucleus.
+        top_k: likeliest tokens to draw from.
+        seed: of sampling.
+        style: how a problem is put to the model.
+        k: of Pass@k and maj@k, each at most --samples; by default the powers of two up to that.
+        limit: the first so many problems.
+        worker: this worker of so many, such as `2/8`.
+        generator: the engine that writes: transformers, vllm, or http://host:port#model.
+        scorer: the engine that measures the text, transformers or vllm; by default the one that writes.
+        dtype: what the engines compute in.
+        stop_tokens: that end a completion besides the model's own, such as `<|im_end|>` of a chat teacher.
+        chunk: completions that are written, measured, checked and kept at a time.
+        answer_limit_s: processor seconds that checking one answer may take; beyond it, the answer is wrong.
+        cache: a sealed cache, to measure KL, likelihood and top-1 agreement on its held-out text too.
+        window: completion tokens of that text.
+        held_out_share: of the cache's problems, as in training.
+        held_out_sequences: how many of those to measure on, at most.
+        json: print one JSON object.
+    """
+    from logitcache.scorers.choose import parse_engine
+    from trainer.recipes.evaluate import Share, run_evaluate
+    from trainer.recipes.held_out import HeldOutText
+    from trainer.recipes.samples import described
+
+    text = None
+    if cache is not None:
+        text = HeldOutText(
+            cache_url=cache,
+            window=window,
+            held_out_share=held_out_share,
+            held_out_sequences=held_out_sequences,
+        )
+    result = run_evaluate(
+        model=model,
+        problems=problems,
+        out=out,
+        sampling=Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            samples_per_problem=samples,
+            seed=seed,
+        ),
+        style=style,
+        ks=k,
+        generator=parse_engine(generator, "--generator"),
+        scorer=None if scorer is None else parse_engine(scorer, "--scorer"),
+        dtype=dtype,
+        stop_tokens=stop_tokens,
+        limit=limit,
+        share=Share.parse(worker),
+        chunk=chunk,
+        answer_limit_s=answer_limit_s,
+        held_out=text,
+    )
+    answer(result, described(result), as_json=json)
+
+
+@app.command
 def report(*runs: Path, out: Path, json: bool = False) -> None:
     """Draw curves and a table of runs, finished or going on, from their metrics. Costs seconds; loads no model.
 
@@ -277,7 +383,7 @@ def advise(
 
 def main() -> None:
     """Entry point."""
-    after = "run it again: distill goes on from its newest checkpoint; a grid starts again in another --out"
+    after = "run it again: distill and evaluate go on from what was kept; a grid starts again in another --out"
     leave(run_command(app, after_interrupt=after))
 
 

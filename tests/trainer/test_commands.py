@@ -276,7 +276,7 @@ def test_debug_shows_the_traceback(start: Path, tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["distill", "grid", "prune", "report"])
+@pytest.mark.parametrize("command", ["distill", "grid", "evaluate", "prune", "report"])
 def test_help_says_what_a_command_costs_and_gives_an_example(command: str) -> None:
     done = trainer(command, "--help")
     assert done.returncode == 0
