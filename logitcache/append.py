@@ -6,7 +6,7 @@ holds does not depend on who builds it or how often that is interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from logitcache.build import Unit, missing_units, unit_name
@@ -35,7 +35,7 @@ def open_to_append(out: str, identity: Mapping[str, Any]) -> Store:
 
 def all_units(store: Store) -> list[Unit]:
     """The units of all sets, without their prompts."""
-    return _units_before(_end(store, store.appended()))
+    return _units(0, _end(store, store.appended()))
 
 
 def append_problems(store: Store, problems: Sequence[Problem], tiers: Sequence[str]) -> tuple[list[Problem], int]:
@@ -52,28 +52,33 @@ def append_problems(store: Store, problems: Sequence[Problem], tiers: Sequence[s
         asked, found = f"append with targets {', '.join(sorted(tiers))}", f"it has {', '.join(store.tiers()) or 'none'}"
         raise UserError(f"{asked} to {store.place.shown}", found, "name those; `logitcache score` adds another")
     sets = store.appended()
+    first = _end(store, sets[:-1])
+    have = _problems_of(store, 0, first, tiers)
     if sets:  # the same command may have begun the last one
-        new, wanted = _new(store, problems, sets[:-1], tiers)
+        new, wanted = _set_of(store, problems, have, first)
         if wanted == sets[-1]:
-            return new, wanted.first_unit
-    new, wanted = _new(store, problems, sets, tiers)
+            return new, first
+        before, first = first, _end(store, sets)
+        have |= _problems_of(store, before, first, tiers)
+    new, wanted = _set_of(store, problems, have, first)
     note(f"{len(problems) - len(new)} of {len(problems)} problems are there already, {len(new)} are new")
     if new:
         _require_free(store, new, wanted)
         store.append(wanted)
-    return new, wanted.first_unit
+    return new, first
 
 
-def _new(
-    store: Store, problems: Sequence[Problem], before: Sequence[AppendedSet], tiers: Sequence[str]
-) -> tuple[list[Problem], AppendedSet]:
-    """Which problems none of the sets before has, and the set that they make."""
-    first = _end(store, before)
-    units = _units_before(first)
+def _problems_of(store: Store, first: int, stop: int, tiers: Sequence[str]) -> set[str]:
+    """The ids of units first:stop, which must all be whole."""
+    units = _units(first, stop)
     if missing := missing_units(store.committed(), units, tiers):
         found = f"{len(missing)} of {len(units)} units of earlier problems are missing"
         raise UserError(f"append to {store.place.shown}", found, "run the earlier build again to finish it first")
-    have = set(store.problem_ids([unit.name for unit in units]))
+    return set(store.problem_ids([unit.name for unit in units]))
+
+
+def _set_of(store: Store, problems: Sequence[Problem], have: Set[str], first: int) -> tuple[list[Problem], AppendedSet]:
+    """Which problems are not among those there, and the set that they make from that unit on."""
     new = [problem for problem in problems if problem.id not in have]
     count = -(-len(new) // store.identity["problems"]["per_unit"])
     return new, AppendedSet(count=len(new), sha256=problems_digest(new), first_unit=first, units=count)
@@ -97,8 +102,8 @@ def _end(store: Store, sets: Sequence[AppendedSet]) -> int:
     return sets[-1].first_unit + sets[-1].units if sets else -(-first["count"] // first["per_unit"])
 
 
-def _units_before(end: int) -> list[Unit]:
-    return [Unit(name=unit_name(number), prompts=()) for number in range(end)]
+def _units(first: int, stop: int) -> list[Unit]:
+    return [Unit(name=unit_name(number), prompts=()) for number in range(first, stop)]
 
 
 def _but_for_problems(identity: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from logitcache.codecs.blas import one_blas_thread
 from logitcache.codecs.calibration import Calibration, upper_bound
 from logitcache.codecs.codec import Codec
 from logitcache.codecs.dense import DenseHead
-from logitcache.codecs.entries import joined, joined_splits
+from logitcache.codecs.entries import joined, joined_splits, row_of_entry
 from logitcache.codecs.fidelity import Gauge
 from logitcache.codecs.fit_prior import fit_prior, gather, popularity, prior_of_kept
 from logitcache.codecs.fit_transform import fit_basis, with_step
@@ -100,7 +100,7 @@ def _topk(
     """The codec whose levels and chunk size fit kept entries: their log-probs float32[E], their rows' splits."""
     counts = np.diff(splits)
     step = matching_step(request.min_probability) if spec.step is None else spec.step
-    others = np.delete(log_probs, likeliest(log_probs, splits, np.repeat(np.arange(len(counts)), counts)))
+    others = np.delete(log_probs, likeliest(log_probs, splits, row_of_entry(splits)))
     return TopKCodec(
         prior=prior,
         request=request,

@@ -8,6 +8,7 @@ the two upper bytes are nearly always zero, which byte planes under zstd turn in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,8 +21,8 @@ from logitcache.records import SampledTargets, TeacherTargets, TopKTargets
 VALUE_BITS = 8
 MAX_VALUE = (1 << VALUE_BITS) - 1
 MAX_VOCAB = 1 << 24
-_ROW_SHIFT = 32
-"""Entries are sorted within rows by one sort of 64 bits each, the row above the key: numpy does that with SIMD."""
+_SORTED_TOGETHER = 2048
+"""About as many keys as are sorted fastest: fewer cost a call each, more leave the first cache."""
 
 SparseTargets = TypeVar("SparseTargets", TopKTargets, SampledTargets)
 
@@ -56,47 +57,71 @@ def pack(
     if ids.size and (ids.min() < 0 or ids.max() >= len(ranks)):
         found = f"{ids.min()} to {ids.max()}"
         raise UserError(f"token ids below {len(ranks)}", found, "check the scorer's vocabulary")
-    keys = (ranks[ids] << VALUE_BITS) | values | (np.repeat(np.arange(len(counts)), counts) << _ROW_SHIFT)
-    keys.sort()
-    order = keys.astype(np.uint32)
-    rank = (order >> VALUE_BITS).astype(np.int64)
+    keys = ((ranks[ids] << VALUE_BITS) | values).astype(np.uint32)
+    _sort_rows(keys, row_splits, row_of_entry(row_splits), len(ranks))
+    rank = (keys >> VALUE_BITS).astype(np.int64)
     gap = np.diff(rank, prepend=-1) - 1
     first = row_splits[:-1]
     gap[first] = rank[first]
     if (gap < 0).any():
         raise UserError("distinct ids within a row", "a repeated id", "check the scorer")
-    return ((gap << VALUE_BITS) | (order & MAX_VALUE)).astype(np.uint32)
+    return ((gap << VALUE_BITS) | (keys & MAX_VALUE)).astype(np.uint32)
 
 
 def unpack(
-    entries: NDArray[np.uint32], counts: NDArray[np.int16], token_of_rank: NDArray[np.uint32]
-) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-    """Row splits int64[C+1], ids int32[E] ascending within a row, values int64[E].
+    entries: NDArray[np.uint32], splits: NDArray[np.int64], row: NDArray[np.int64], token_of_rank: NDArray[np.uint32]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Ids int32[E] ascending within a row, values int64[E].
+
+    Args:
+        entries: uint32[E] of `pack`.
+        splits: int64[C+1] of `splits_of`.
+        row: int64[E] of `row_of_entry`.
+        token_of_rank: uint32[V].
 
     Raises:
-        DamagedError: counts that do not add up to the entries, or a rank beyond the vocabulary.
+        DamagedError: a rank beyond the vocabulary.
     """
+    # One running sum over all rows, less what it was before each. It wraps round, but no row does unnoticed: a step is
+    # at most 2^24, as V is, so the first rank that leaves the vocabulary is still a number beyond it.
+    steps = (entries >> VALUE_BITS) + np.uint32(1)
+    ranks = np.add.accumulate(steps)
+    starts = splits[:-1]
+    ranks -= (ranks[starts] - steps[starts] + np.uint32(1)).take(row)
+    if (highest := ranks.max(initial=0)) >= len(token_of_rank):
+        raise DamagedError(f"ranks below {len(token_of_rank)}", f"{highest}", "run logitcache verify")
+    keys = token_of_rank.take(ranks) << np.uint32(VALUE_BITS)
+    keys |= entries & MAX_VALUE
+    _sort_rows(keys, splits, row, len(token_of_rank))
+    return (keys >> VALUE_BITS).view(np.int32), (keys & MAX_VALUE).astype(np.int64)
+
+
+def splits_of(counts: NDArray[np.int16], entries: int) -> NDArray[np.int64]:
+    """int64[C+1] of the stored counts of so many entries. Raises DamagedError unless they add up, each 1 or more."""
     splits = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=splits[1:])
-    if splits[-1] != len(entries) or (counts < 1).any():
-        raise DamagedError(f"{splits[-1]} entries of {len(counts)} rows", f"{len(entries)}", "run logitcache verify")
-    steps = (entries >> VALUE_BITS).astype(np.int64) + 1
-    ends = np.zeros(len(entries) + 1, np.int64)
-    np.cumsum(steps, out=ends[1:])
-    spans = np.diff(ends[splits])
-    if (spans > len(token_of_rank)).any():
-        raise DamagedError(f"ranks below {len(token_of_rank)}", f"{spans.max() - 1}", "run logitcache verify")
-    # One running sum gives row and rank: where a row starts, it takes back what the row before added to the rank.
-    steps[splits[1:-1]] += (1 << _ROW_SHIFT) - spans[:-1]
-    steps[:1] -= 1
-    places = np.cumsum(steps, out=steps)
-    ranks = places & ((1 << _ROW_SHIFT) - 1)
-    keys = places ^ ranks
-    keys |= token_of_rank.take(ranks) << np.uint32(VALUE_BITS)
-    keys |= entries & np.uint32(MAX_VALUE)
-    keys.sort()
-    ordered = keys.astype(np.uint32)
-    return splits, (ordered >> VALUE_BITS).view(np.int32), (ordered & MAX_VALUE).astype(np.int64)
+    if splits[-1] != entries or (counts < 1).any():
+        raise DamagedError(f"{splits[-1]} entries of {len(counts)} rows", f"{entries}", "run logitcache verify")
+    return splits
+
+
+def row_of_entry(splits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64[E]: the row of each entry. A running sum takes two thirds of the time of `np.repeat`."""
+    count = int(splits[-1])
+    return np.cumsum(np.bincount(splits[1:-1], minlength=count)[:count])
+
+
+def _sort_rows(keys: NDArray[np.uint32], splits: NDArray[np.int64], row: NDArray[np.int64], vocab: int) -> None:
+    """Sort keys, each a number below `vocab` over a value, within their rows: as many rows at once as the bits above
+    the key tell apart.
+    """
+    bits = VALUE_BITS + (vocab - 1).bit_length()
+    mean = 1 + len(keys) // len(splits)
+    together = min(1 << (32 - bits), 1 << (_SORTED_TOGETHER // mean).bit_length())
+    keys |= ((row & (together - 1)) << bits).astype(np.uint32)
+    for start, stop in pairwise([*splits[:-1:together].tolist(), len(keys)]):
+        keys[start:stop].sort()
+    keys &= np.uint32((1 << bits) - 1)
 
 
 def rank_of_token(token_of_rank: NDArray[np.uint32]) -> NDArray[np.int64]:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from logitcache.codecs.calibration import Calibration
 from logitcache.codecs.dense import DenseHead, row_blocks, select_topk
-from logitcache.codecs.prior import VocabularyPrior, row_of_entry
+from logitcache.codecs.entries import row_of_entry
+from logitcache.codecs.prior import VocabularyPrior
 from logitcache.scoring import TopKRequest
 
 MAX_SHAPES = 64
@@ -66,7 +67,7 @@ def gather(head: DenseHead, sample: Calibration, request: TopKRequest) -> Sample
         log_probs = head.log_probs(sample.hidden[block])
         kept = select_topk(log_probs, sample.token_ids[block], request)
         unkept = np.exp(log_probs)
-        local = row_of_entry(kept)
+        local = row_of_entry(kept.row_splits)
         unkept[local, kept.ids] = 0
         members = np.equal.outer(np.arange(shapes), shape_of_row[block]).astype(np.float32)
         tail_sums += members @ unkept

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.codecs.entries import rank_of_token
+from logitcache.codecs.entries import rank_of_token, row_of_entry
 from logitcache.errors import UserError
 from logitcache.records import TopKTargets
 
@@ -76,14 +76,9 @@ def uniform_prior(vocab_size: int) -> VocabularyPrior:
     )
 
 
-def row_of_entry(targets: TopKTargets) -> NDArray[np.int64]:
-    """int64[E]: the row that each kept entry belongs to."""
-    return np.repeat(np.arange(len(targets)), np.diff(targets.row_splits))
-
-
 def tail_shapes(targets: TopKTargets, prior: VocabularyPrior) -> NDArray[np.int64]:
     """int64[C]: the shape of each row's tail, the one its kept ids speak for most (the first of equals)."""
-    rows = row_of_entry(targets)
+    rows = row_of_entry(targets.row_splits)
     scores = [np.bincount(rows, evidence[targets.ids], len(targets)) for evidence in prior.evidence]
     return np.argmax(np.stack(scores), axis=0)
 
@@ -94,7 +89,7 @@ def spread_tail(targets: TopKTargets, prior: VocabularyPrior) -> NDArray[np.floa
     With s the shape of row c's tail and K its kept set, an unkept token v gets tail(c) * s(v) / (1 - s(K)): a proper
     distribution, up to the rounding of the values themselves. A row that keeps everything has no tail to share.
     """
-    rows = row_of_entry(targets)
+    rows = row_of_entry(targets.row_splits)
     shape = tail_shapes(targets, prior)
     dense = prior.log_shapes[shape].astype(np.float32)
     np.exp(dense, out=dense)

@@ -6,7 +6,6 @@ the caller, who has checked for NaN and infinity (`require_finite`).
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -84,15 +83,6 @@ def encode_log_odds(log_mass: NDArray[np.float32]) -> NDArray[np.int16]:
 
 def decode_log_odds(codes: NDArray[np.int16]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(log m, log (1 - m)) in nats, each float64, for codes of `encode_log_odds`; (-inf, 0) for no mass."""
-    log_mass, log_rest = _log_odds_tables()
-    place = codes.astype(np.uint16)  # a negative code counts from the end, as an index does
-    return log_mass.take(place), log_rest.take(place)
-
-
-@cache
-def _log_odds_tables() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """What every code decodes to, float64[65536] twice: looking it up costs a tenth of working it out."""
-    codes = np.arange(1 << 16, dtype=np.uint16).view(np.int16)
     odds = _LOG_ODDS_ORIGIN - codes.astype(np.float64) * LOG_ODDS_STEP
     none = codes == _NO_MASS
     log_mass = np.where(none, -np.inf, -np.logaddexp(0.0, -odds))
@@ -107,4 +97,4 @@ def zigzag(values: NDArray[np.int16]) -> NDArray[np.int16]:
 
 def unzigzag(codes: NDArray[np.int16]) -> NDArray[np.int16]:
     """The inverse of `zigzag`."""
-    return np.where(codes & 1, -(codes >> 1) - 1, codes >> 1).astype(np.int16)
+    return (codes >> 1) ^ -(codes & 1)

@@ -97,7 +97,9 @@ class SampledCodec:
     def decode(self, arrays: Mapping[str, NDArray[Any]]) -> SampledTargets:
         """Unpack whole rows; see `Codec.decode`."""
         rows = arrays[ROWS]
-        splits, ids, counts = packed.unpack(arrays[ENTRIES], rows[:, _DISTINCT], self.token_of_rank)
+        entries = arrays[ENTRIES]
+        splits = packed.splits_of(rows[:, _DISTINCT], len(entries))
+        ids, counts = packed.unpack(entries, splits, packed.row_of_entry(splits), self.token_of_rank)
         return SampledTargets(
             ids=ids,
             counts=counts.astype(np.int32),

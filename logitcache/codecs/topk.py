@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from logitcache.codecs import entries as packed
 from logitcache.codecs.codec import ArrayLayout, Axis, Encoded
-from logitcache.codecs.prior import VocabularyPrior, row_of_entry
+from logitcache.codecs.prior import VocabularyPrior
 from logitcache.codecs.quantize import (
     ROOT_STEP,
     decode_log_odds,
@@ -36,7 +36,7 @@ from logitcache.codecs.quantize import (
     unzigzag,
     zigzag,
 )
-from logitcache.codecs.topk_values import HeadValues, Levels, RootGrid, head_values, likeliest
+from logitcache.codecs.topk_values import MAX_CODE, HeadValues, Levels, RootGrid, head_values, likeliest
 from logitcache.errors import UserError
 from logitcache.records import TeacherTargets, TopKTargets
 from logitcache.scoring import TopKRequest
@@ -74,6 +74,8 @@ class TopKCodec:
     def __post_init__(self) -> None:
         if self.prior.vocab_size > packed.MAX_VOCAB:
             raise UserError(f"at most {packed.MAX_VOCAB} tokens", f"{self.prior.vocab_size}", "use a hidden tier")
+        if self.levels.shape != (MAX_CODE + 1,):
+            raise UserError(f"{MAX_CODE + 1} levels", f"{list(self.levels.shape)}", "calibrate again")
         if not self.grid.reaches:
             raise UserError("a step whose 255 cells reach probability 1/2", f"{self.step}", "use 0.003 or more")
 
@@ -130,31 +132,33 @@ class TopKCodec:
         rows[:, _COUNT] = np.diff(batch.row_splits)
         rows[:, _TAIL] = encode_log_odds(batch.tail_log_mass)
         entries = self._pack(batch)
-        _, _, values = self._head(rows, entries)
+        tail = _places(rows)
+        _, _, values = self._head(rows, tail, entries)
         wanted = np.minimum(encode_root(-batch.token_log_prob), 32_766) + 1
         apart = np.sqrt(-values.top) - np.sqrt(np.maximum(-batch.token_log_prob, 0))
         rows[:, _TOKEN] = np.where(np.abs(apart) <= ROOT_STEP / 2, 0, wanted)
         if np.isnan(batch.entropy).any():
             rows[:, _ENTROPY] = _UNKNOWN
         else:
-            rows[:, _ENTROPY] = zigzag(encode_root(batch.entropy) - self._expected_entropy(rows, values))
+            rows[:, _ENTROPY] = zigzag(encode_root(batch.entropy) - self._expected_entropy(tail, values))
         sizes = np.array([len(part.ids) for part in parts], np.int64)
         return Encoded(arrays={ROWS: rows, ENTRIES: entries}, entries_per_sequence=sizes)
 
     def decode(self, arrays: Mapping[str, NDArray[Any]]) -> TopKTargets:
         """Unpack whole rows; see `Codec.decode`. Raises DamagedError when counts and entries disagree."""
-        rows, entries = arrays[ROWS], arrays[ENTRIES]
-        splits, ids, values = self._head(rows, entries)
-        token = rows[:, _TOKEN]
-        entropy = decode_root(unzigzag(rows[:, _ENTROPY]) + self._expected_entropy(rows, values))
-        entropy[rows[:, _ENTROPY] == _UNKNOWN] = np.nan
+        rows = arrays[ROWS]
+        tail = _places(rows)
+        splits, ids, values = self._head(rows, tail, arrays[ENTRIES])
+        token, entropy = rows[:, _TOKEN], rows[:, _ENTROPY]
+        nats = decode_root(unzigzag(entropy) + self._expected_entropy(tail, values))
+        nats[entropy == _UNKNOWN] = np.nan
         return TopKTargets(
             ids=ids,
             log_probs=values.log_probs,
             row_splits=splits,
-            tail_log_mass=decode_log_odds(rows[:, _TAIL])[0].astype(np.float32),
+            tail_log_mass=self._tails.log_mass.take(tail),
             token_log_prob=np.where(token == 0, values.top, -decode_root(token - 1)),
-            entropy=entropy,
+            entropy=nats,
         )
 
     def entries_per_row(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.int64]:
@@ -163,27 +167,57 @@ class TopKCodec:
 
     def _pack(self, batch: TopKTargets) -> NDArray[np.uint32]:
         code = self.grid.cells(batch.log_probs)
-        code[likeliest(batch.log_probs, batch.row_splits, row_of_entry(batch))] = 0
+        code[likeliest(batch.log_probs, batch.row_splits, packed.row_of_entry(batch.row_splits))] = 0
         return packed.pack(batch.ids, code, batch.row_splits, self.prior.rank_of_token)
 
     def _head(
-        self, rows: NDArray[np.int16], entries: NDArray[np.uint32]
+        self, rows: NDArray[np.int16], tail: NDArray[np.intp], entries: NDArray[np.uint32]
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], HeadValues]:
         """Row splits, ids ascending within each row, and their values."""
-        splits, ids, code = packed.unpack(entries, rows[:, _COUNT], self.prior.token_of_rank)
-        _, log_head = decode_log_odds(rows[:, _TAIL])
-        return splits, ids, head_values(code, splits, log_head, self._levels)
+        splits = packed.splits_of(rows[:, _COUNT], len(entries))
+        row = packed.row_of_entry(splits)
+        ids, code = packed.unpack(entries, splits, row, self.prior.token_of_rank)
+        return splits, ids, head_values(code, splits, row, self._tails.rest.take(tail), self._levels)
+
+    def _expected_entropy(self, tail: NDArray[np.intp], values: HeadValues) -> NDArray[np.int16]:
+        """int16[C], root grid: the entropy that the head, the tail's mass and an average tail would have."""
+        return encode_root((values.entropy + self._tails.entropy.take(tail)).astype(np.float32))
 
     @cached_property
     def _levels(self) -> Levels:
         return Levels(self.levels)
 
-    def _expected_entropy(self, rows: NDArray[np.int16], values: HeadValues) -> NDArray[np.int16]:
-        """int16[C], root grid: the entropy that the head, the tail's mass and an average tail would have."""
-        log_tail, _ = decode_log_odds(rows[:, _TAIL])
-        tail = np.exp(log_tail)
-        own = tail * (self.tail_nats - np.where(tail > 0, log_tail, 0))
-        return encode_root((values.entropy + own).astype(np.float32))
+    @cached_property
+    def _tails(self) -> Tails:
+        return Tails.of(self.tail_nats)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tails:
+    """What each of the 65,536 codes of a tail's mass stands for: looking it up costs a tenth of working it out.
+
+    Attributes:
+        log_mass: float32[65536], nats.
+        rest: float64[65536], the probability that the kept tokens share.
+        entropy: float64[65536], what a tail of that mass adds to its row's entropy on average, nats.
+    """
+
+    log_mass: NDArray[np.float32]
+    rest: NDArray[np.float64]
+    entropy: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, tail_nats: float) -> Tails:
+        """Where an average tail's own distribution has that entropy."""
+        log_mass, log_rest = decode_log_odds(np.arange(1 << 16, dtype=np.uint16).view(np.int16))
+        mass = np.exp(log_mass)
+        entropy = mass * (tail_nats - np.where(mass > 0, log_mass, 0))
+        return cls(log_mass=log_mass.astype(np.float32), rest=np.exp(log_rest), entropy=entropy)
+
+
+def _places(rows: NDArray[np.int16]) -> NDArray[np.intp]:
+    """int64[C]: where in the arrays of `Tails` each row's tail is."""
+    return rows[:, _TAIL].view(np.uint16).astype(np.intp)
 
 
 def _checked(parts: Sequence[TopKTargets]) -> TopKTargets:

@@ -105,18 +105,18 @@ class Levels:
 
     @cached_property
     def log_probs(self) -> NDArray[np.float32]:
-        """float32[256], nats; 0 for code 0."""
-        return np.log(np.where(np.arange(len(self.probs)) > 0, self.probs, np.float32(1)))
+        """float32[255], nats: of codes 1 to 255."""
+        return np.log(self.probs[1:])
 
     @cached_property
     def units(self) -> NDArray[np.int64]:
         """int64[256]: the probabilities; 0 for code 0."""
-        return _in_units(np.where(np.arange(len(self.probs)) > 0, self.probs, np.float32(0)))
+        return _in_units(np.concatenate([np.zeros(1, np.float32), self.probs[1:]]))
 
     @cached_property
     def entropy_units(self) -> NDArray[np.int64]:
         """int64[256]: p log p; 0 for code 0."""
-        return _in_units(self.probs * self.log_probs)
+        return _in_units(np.concatenate([np.zeros(1, np.float32), self.probs[1:] * self.log_probs]))
 
 
 _UNIT = 2.0**-52
@@ -128,43 +128,39 @@ def _in_units(values: NDArray[np.float32]) -> NDArray[np.int64]:
 
 def _row_sums(units: NDArray[np.int64], splits: NDArray[np.int64]) -> NDArray[np.float64]:
     """float64[C]: the sum of each row. A running sum that wraps round loses nothing, since a row's own fits."""
-    ends = np.zeros(len(units) + 1, np.int64)
-    np.cumsum(units, out=ends[1:])
-    return np.diff(ends[splits]) * _UNIT
+    return np.diff(np.add.accumulate(units)[splits[1:] - 1], prepend=0) * _UNIT
 
 
 def head_values(
-    code: NDArray[np.int64], splits: NDArray[np.int64], log_head: NDArray[np.float64], levels: Levels
+    code: NDArray[np.int64],
+    splits: NDArray[np.int64],
+    row: NDArray[np.int64],
+    mass: NDArray[np.float64],
+    levels: Levels,
 ) -> HeadValues:
-    """Probabilities from cells: each row's add up to exp(log_head), and code 0 takes what the others leave.
+    """Probabilities from cells: each row's add up to its mass, and code 0 takes what the others leave.
 
     Args:
         code: int64[E] of `RootGrid.cells`, 0 for the likeliest.
         splits: int64[C+1], entries of row c; none empty.
-        log_head: float64[C], log of the kept mass.
+        row: int64[E], the row of each entry.
+        mass: float64[C], the kept probability.
         levels: of the codes.
     """
-    counts, units, mass = np.diff(splits), levels.units.take(code), np.exp(log_head)
+    units = levels.units.take(code)
     others = _row_sums(units, splits)
-    top = mass - others
-    larger = np.flatnonzero(units > np.repeat(np.floor(top / _UNIT).astype(np.int64), counts))
-    np.maximum.at(top, np.searchsorted(splits, larger, side="right") - 1, levels.probs[code[larger]])
+    largest = np.maximum.reduceat(units, splits[:-1]) * _UNIT
+    top = np.maximum(mass - others, largest)
     scale = mass / (top + others)
-    top *= scale
-    likeliest_probs = top.astype(np.float32)
-    likeliest_log_probs = np.log(likeliest_probs)
-    log_probs = levels.log_probs.take(code)
-    log_probs[np.flatnonzero(code == 0)] = likeliest_log_probs
-    entropy = -_row_sums(levels.entropy_units.take(code), splits) - likeliest_probs * likeliest_log_probs
-    scale = scale.astype(np.float32)
-    if (scale != 1).any():  # the few rows where the likeliest was given more than the others leave
-        rows = np.flatnonzero(scale != 1)
-        scaled = np.flatnonzero(np.repeat(scale != 1, counts))
-        probs = levels.probs[code[scaled]] * np.repeat(scale[rows], counts[rows])
-        probs[code[scaled] == 0] = likeliest_probs[rows]
-        log_probs[scaled] = np.log(probs)
-        starts = np.cumsum(counts[rows]) - counts[rows]
-        entropy[rows] = -np.add.reduceat(probs * log_probs[scaled], starts, dtype=np.float64)
-    return HeadValues(
-        log_probs=log_probs, top=np.minimum(np.log(top), 0).astype(np.float32), entropy=entropy.astype(np.float32)
-    )
+    log_top, log_scale = np.log(top), np.log(scale)
+    # Code c has place c - 1; code 0 wraps round to the largest number, and gets the place of its row behind the levels.
+    place = np.minimum(code.view(np.uint64) - np.uint64(1), row.view(np.uint64) + np.uint64(MAX_CODE))
+    log_probs = np.concatenate([levels.log_probs, log_top.astype(np.float32)]).take(place.view(np.int64))
+    shift = np.log(scale.astype(np.float32))  # of most rows nothing, exactly
+    if shift.any():  # some row's likeliest was given more than the others leave
+        log_probs += shift.take(row)
+    log_top += log_scale
+    plogp = _row_sums(levels.entropy_units.take(code), splits)
+    entropy = -scale * (plogp + log_scale * others + top * log_top)
+    top = np.minimum(log_top, 0)
+    return HeadValues(log_probs=log_probs, top=top.astype(np.float32), entropy=entropy.astype(np.float32))

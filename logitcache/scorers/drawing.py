@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitcache.errors import UserError
 from logitcache.scoring import Sampling
 
 
@@ -28,15 +29,27 @@ def uniform_of(seed: int, steps: int) -> NDArray[np.float64]:
     return np.random.default_rng(seed).random(steps)
 
 
-def draw(scores_BV: Tensor, uniform_B: Sequence[float], sampling: Sampling) -> Tensor:
+def draw(
+    scores_BV: Tensor, uniform_B: Sequence[float], sampling: Sampling, problems_B: Sequence[str] | None = None
+) -> Tensor:
     """int64[B] tokens: temperature, then top-k, then nucleus, then the inverse of the cumulative distribution.
 
-    `scores_BV` are logits or log-probabilities, float32: a constant added to a row changes nothing.
+    Args:
+        scores_BV: logits or log-probabilities, float32: a constant added to a row changes nothing.
+        uniform_B: of each row's stream, in [0, 1).
+        sampling: how to draw; temperature 0 takes the likeliest.
+        problems_B: what each row answers, to name it in an error; None for the row's number alone.
+
+    Raises:
+        UserError: a row with a NaN, or whose largest score is infinite.
     """
     if sampling.temperature == 0:
-        return scores_BV.argmax(dim=-1)
+        tokens_B1 = scores_BV.argmax(dim=-1, keepdim=True)
+        _require_finite(scores_BV.gather(1, tokens_B1)[:, 0], problems_B)
+        return tokens_B1[:, 0]
     kept = scores_BV.shape[1] if sampling.top_k is None else min(sampling.top_k, scores_BV.shape[1])
     values_BK, ids_BK = (scores_BV / sampling.temperature).topk(kept, dim=-1)
+    _require_finite(values_BK[:, 0], problems_B)
     probs_BK = values_BK.softmax(dim=-1).double()
     before_BK = probs_BK.cumsum(dim=-1) - probs_BK
     probs_BK = torch.where(before_BK < sampling.top_p, probs_BK, 0.0)
@@ -45,3 +58,13 @@ def draw(scores_BV: Tensor, uniform_B: Sequence[float], sampling: Sampling) -> T
     choice_B1 = torch.searchsorted(cumulative_BK, points_B1 * cumulative_BK[:, -1:], right=True)
     last_B1 = (probs_BK > 0).sum(dim=-1, keepdim=True) - 1
     return ids_BK.gather(1, torch.minimum(choice_B1, last_B1))[:, 0]
+
+
+def _require_finite(largest_B: Tensor, problems_B: Sequence[str] | None) -> None:
+    """`argmax` and `topk` put a NaN above every number, so the largest score of a row speaks for all of it."""
+    bad_B = ~torch.isfinite(largest_B)
+    if bad_B.any():
+        row = int(bad_B.nonzero()[0])
+        asked = f"draw row {row}" if problems_B is None else f"a completion of problem {problems_B[row]}"
+        mend = "run it in float32 (--dtype float32), or check the teacher's weights"
+        raise UserError(asked, "the teacher's logits are not finite", mend)

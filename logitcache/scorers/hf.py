@@ -126,7 +126,8 @@ class HFEngine:
                     input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
                 )
                 uniform = [draft.uniform[len(draft.token_ids)] if not draft.reason else 0.0 for draft in drafts]
-                tokens = draw(self.torch_head.log_probs(states.last_hidden_state[:, -1]), uniform, sampling)
+                problems = [draft.prompt.problem_id for draft in drafts]
+                tokens = draw(self.torch_head.log_probs(states.last_hidden_state[:, -1]), uniform, sampling, problems)
                 for draft, token in zip(drafts, tokens.tolist(), strict=True):
                     draft.append(token, self.stop_ids, sampling.max_new_tokens)
                 running = [i for i, draft in enumerate(drafts) if not draft.reason]

@@ -21,7 +21,7 @@ from logitcache.store.part import Record
 from logitcache.store.part_index import read_record
 from logitcache.store.place import ByteRange, Place, Source
 from logitcache.store.stored_array import StoredObject
-from logitcache.store.tiers import list_tiers, read_tier
+from logitcache.store.tiers import read_tier, tiers_among
 
 RECORDS_AT_ONCE = 256
 
@@ -63,15 +63,11 @@ def read_manifest(source: Source) -> Manifest | None:
 
 def list_committed(place: Place) -> Committed:
     """What a listing of the place shows."""
-    sizes = {
-        name: size
-        for top in (layout.SEQUENCES, layout.TARGETS)
-        for name, size in place.sizes(top)
-        if name.endswith("/record.json")
-    }
+    names = [*place.sizes(layout.SEQUENCES), *place.sizes(layout.TARGETS)]
+    sizes = {name: size for name, size in names if name.endswith("/record.json")}
     paths = [name.split("/") for name in sizes]
     sequences = sorted(path[1] for path in paths if len(path) == 3 and path[0] == layout.SEQUENCES)
-    targets: dict[str, list[str]] = {tier: [] for tier in list_tiers(place)}
+    targets: dict[str, list[str]] = {tier: [] for tier in tiers_among(name for name, _ in names)}
     for path in paths:
         if len(path) == 4 and path[0] == layout.TARGETS and path[1] in targets:
             targets[path[1]].append(path[2])
@@ -102,6 +98,14 @@ def consolidate(place: Place, committed: Committed, units: Sequence[str], tiers:
         flops={phase: math.fsum(spent.get(phase, 0.0) for spent in flops) for phase in phases},
         **counts,
     )
+
+
+def consolidate_tier(place: Place, committed: Committed, tier: str | None) -> Manifest:
+    """The manifest of the units that have this tier, with it alone; None for all units without targets."""
+    if tier is None:
+        return consolidate(place, committed, committed.sequences, [])
+    units = sorted(set(committed.sequences) & set(committed.targets[tier]))
+    return consolidate(place, committed, units, [tier])
 
 
 def _sequence_column(

@@ -13,7 +13,7 @@ from typing import Any, cast
 from logitcache.codecs import codec_from_config
 from logitcache.errors import DamagedError, IdentityError, UserError
 from logitcache.store import layout
-from logitcache.store.commits import consolidate, list_committed, read_identity, read_manifest
+from logitcache.store.commits import consolidate, consolidate_tier, list_committed, read_identity, read_manifest
 from logitcache.store.disk_cache import CachedSource, DiskCache
 from logitcache.store.envelope import canonical, digest_of, first_difference, seal
 from logitcache.store.manifest import Manifest
@@ -199,12 +199,10 @@ def require_tokenizer(shown: str, identity: Mapping[str, Any], fingerprint: str 
 
 def _committed_manifest(place: Place, targets: str | None) -> Manifest:
     committed = list_committed(place)
-    if targets is None:
-        return consolidate(place, committed, committed.sequences, [])
-    everything = consolidate(place, committed, (), sorted(committed.targets))
-    tier = tier_named(place.shown, everything, targets)
-    units = sorted(set(committed.sequences) & set(committed.targets[tier]))
-    return consolidate(place, committed, units, [tier])
+    if targets is not None:
+        everything = consolidate(place, committed, (), sorted(committed.targets))
+        targets = tier_named(place.shown, everything, targets)
+    return consolidate_tier(place, committed, targets)
 
 
 def tier_named(shown: str, manifest: Manifest, targets: str) -> str:

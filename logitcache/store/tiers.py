@@ -6,7 +6,7 @@ another one under the same name is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,5 +110,10 @@ def check_codec(shown: str, tier: Tier, codec: Codec) -> None:
 
 def list_tiers(place: Place) -> list[str]:
     """The names of the committed tiers."""
-    found = [name.split("/") for name, _ in place.sizes(layout.TARGETS)]
-    return sorted({path[1] for path in found if len(path) == 3 and path[2] == "tier.json"})
+    return tiers_among(name for name, _ in place.sizes(layout.TARGETS))
+
+
+def tiers_among(names: Iterable[str]) -> list[str]:
+    """The names of the tiers that these objects commit."""
+    paths = [name.split("/") for name in names if name.startswith(f"{layout.TARGETS}/")]
+    return sorted({path[1] for path in paths if len(path) == 3 and path[2] == "tier.json"})

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,17 +19,20 @@ import fsspec
 import pytest
 
 from logitcache import open_cache
+from logitcache.append import append_problems
 from logitcache.build import Build, cut_into_units
 from logitcache.codecs import parse_targets
 from logitcache.errors import IdentityError, UserError
 from logitcache.flops import ModelShape
-from logitcache.jobs import BuildRequest, build_cache, score_cache
+from logitcache.jobs import BuildRequest, build_cache, describe, score_cache
+from logitcache.problems import load_problems
 from logitcache.prompts import PromptStyle
 from logitcache.scorers.compare import compare_with_reference
 from logitcache.scorers.hf import load_engine
 from logitcache.scoring import Prompt, Sampling
-from logitcache.store import AppendedSet, create, merge, verify
-from logitcache.store.place import open_place
+from logitcache.store import AppendedSet, create, merge, open_store, verify
+from logitcache.store.local import LocalPlace
+from logitcache.store.place import ByteRange, open_place
 
 PROBLEMS = [{"id": f"p{n}", "problem": f"What is {n} plus {n * n}?", "answer": str(n + n * n)} for n in range(5)]
 MORE = [{"id": f"q{n}", "problem": f"What is {n} times {n + 3}?", "answer": str(n * (n + 3))} for n in range(3)]
@@ -168,6 +171,45 @@ def elsewhere(where: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with s3() as (_, options):
         monkeypatch.setitem(fsspec.config.conf, "s3", options)
         yield "caches/appended"
+
+
+@pytest.fixture
+def listed_and_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of local places from now on: folders that are listed, objects that are read."""
+    asked: list[str] = []
+    sizes, read_ranges = LocalPlace.sizes, LocalPlace.read_ranges
+
+    def listed(place: LocalPlace, under: str) -> Iterator[tuple[str, int]]:
+        asked.append(under)
+        return sizes(place, under)
+
+    def read(place: LocalPlace, ranges: Sequence[ByteRange]) -> list[bytes]:
+        asked.extend(item.name for item in ranges)
+        return read_ranges(place, ranges)
+
+    monkeypatch.setattr(LocalPlace, "sizes", listed)
+    monkeypatch.setattr(LocalPlace, "read_ranges", read)
+    return asked
+
+
+def test_a_third_set_reads_the_ids_of_each_earlier_unit_once(
+    build: Builder, copy_appended: Path, listed_and_read: list[str]
+) -> None:
+    problems = load_problems(build.problems("third", [*PROBLEMS, *MORE, {**MORE[0], "id": "r0"}]))
+    new, first = append_problems(open_store(str(copy_appended)), problems, ["topk"])
+    assert ([problem.id for problem in new], first) == (["r0"], 5)
+    tables = [name for name in listed_and_read if name.endswith("samples.parquet")]
+    assert tables == [f"sequences/{unit:08d}/samples.parquet" for unit in range(5)]
+
+
+def test_info_lists_an_unsealed_cache_once(copy_appended: Path, listed_and_read: list[str]) -> None:
+    sealed = describe(str(copy_appended))
+    (copy_appended / "manifest.json").unlink()
+    listed_and_read.clear()
+    told = describe(str(copy_appended))
+    assert not told["sealed"]
+    assert (told["sequences"], told["targets"]) == (sealed["sequences"], sealed["targets"])
+    assert [name for name in listed_and_read if "/" not in name] == ["sequences", "targets"]
 
 
 def test_an_append_is_refused_where_it_does_not_fit(build: Builder, whole: Path, more: str, copy: Path) -> None:

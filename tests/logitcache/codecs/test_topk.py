@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from logitcache.codecs import TopKCodec, TopKSpec, spread_tail, uniform_prior
 from logitcache.codecs.calibrate import fit_topk_to_targets
 from logitcache.codecs.dense import log_softmax, select_topk
+from logitcache.codecs.entries import MAX_VOCAB, pack, rank_of_token, row_of_entry, splits_of, unpack
 from logitcache.codecs.fidelity import kl_nats
 from logitcache.codecs.quantize import ROOT_STEP
 from logitcache.codecs.topk import ENTRIES, ROWS
@@ -141,6 +142,38 @@ def test_bytes_that_do_not_fit_together_are_damage() -> None:
     assert codec.decode({ROWS: arrays[ROWS][:0], ENTRIES: arrays[ENTRIES][:0]}).ids.size == 0
 
 
+@pytest.mark.parametrize("counts", [[], [0], [3], [0, 2, 0, 0, 1, 4, 0, 0]])
+def test_the_row_of_each_entry(counts: list[int]) -> None:
+    splits = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    np.testing.assert_array_equal(row_of_entry(splits), np.repeat(np.arange(len(counts)), counts))
+
+
+def test_ranks_that_wrap_round_are_damage() -> None:
+    """257 gaps of 2^24 - 1 come back to rank 0 in 32 bits."""
+    entries = np.full(257, 0xFFFFFF00, np.uint32)
+    splits = splits_of(np.int16([257]), 257)
+    with pytest.raises(DamagedError, match="below 10"):
+        unpack(entries, splits, row_of_entry(splits), np.arange(10, dtype=np.uint32))
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 97, 151_936, MAX_VOCAB])
+@pytest.mark.parametrize("most", [1, 3, 60, 2000])
+def test_sets_of_any_width_come_back_sorted_by_id(vocab: int, most: int) -> None:
+    rng = np.random.default_rng(most)
+    counts = rng.integers(1, min(vocab, most) + 1, 300)
+    rows = [rng.choice(vocab, count, replace=False, shuffle=False) for count in counts[: 20 if most > 60 else 300]]
+    ids = np.concatenate(rows).astype(np.int32)
+    splits = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    values = rng.integers(0, 256, len(ids))
+    token_of_rank = rng.permutation(vocab).astype(np.uint32)
+    entries = pack(ids, values, splits, rank_of_token(token_of_rank))
+    back, codes = unpack(entries, splits, row_of_entry(splits), token_of_rank)
+    for start, stop in pairwise(splits.tolist()):
+        order = start + np.argsort(ids[start:stop])
+        np.testing.assert_array_equal(back[start:stop], ids[order])
+        np.testing.assert_array_equal(codes[start:stop], values[order])
+
+
 def test_an_entropy_that_the_teacher_cannot_tell_comes_back_unknown_and_moves_nothing_else() -> None:
     rows = select_topk(log_softmax(np.eye(4, 30, dtype=np.float32) * 9), np.zeros(4, np.int32), TopKRequest(max_k=5))
     untold = dataclasses.replace(rows, entropy=np.full(4, np.nan, np.float32))
@@ -171,6 +204,12 @@ def test_a_codec_fitted_to_targets_spreads_their_tail_better_than_evenly() -> No
         fit_topk_to_targets(TopKSpec(p=0, k=8), 97, [])
 
 
+def test_levels_that_are_not_one_a_code_are_refused() -> None:
+    codec = codec_for(10, TopKRequest())
+    with pytest.raises(UserError, match="256 levels"):
+        TopKCodec.from_config(codec.config, {**codec.shared, "levels": codec.levels[:100]})
+
+
 def test_a_step_that_cannot_reach_one_half_is_refused() -> None:
     with pytest.raises(UserError, match="255 cells"):
         codec_for(10, TopKRequest(), step=0.001)
@@ -196,7 +235,7 @@ def test_values_are_those_of_a_sum_row_by_row(log_head: float) -> None:
     splits = np.concatenate([[0], np.cumsum(counts)])
     code = np.minimum(rng.geometric(1 / 9, splits[-1]), 60)
     code[splits[:-1] + rng.integers(0, counts)] = 0
-    found = head_values(code, splits, np.full(300, log_head), Levels(levels))
+    found = head_values(code, splits, row_of_entry(splits), np.full(300, np.exp(log_head)), Levels(levels))
     floors = 0
     for row, (start, stop) in enumerate(pairwise(splits.tolist())):
         others = levels[code[start:stop]].astype(np.float64)

@@ -25,6 +25,7 @@ from logitcache.records import (
     TokenSequence,
     TopKTargets,
 )
+from logitcache.scorers.drawing import draw
 from logitcache.scorers.hf import HFEngine, load_engine, load_tokenizer
 from logitcache.scorers.vllm_engine import VLLMEngine
 from logitcache.scoring import FullVocabRequest, HiddenStateRequest, Prompt, SampledRequest, Sampling, TopKRequest
@@ -220,6 +221,31 @@ def test_non_finite_logits_name_the_problem_and_row(tiny_dir: Path, rollouts: li
         engine.model.model.norm.weight[3] = torch.inf
     with pytest.raises(UserError, match="hidden states are not finite at completion row 0"):
         engine.score(rollouts[:1], [HiddenStateRequest()])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_completion_is_not_drawn_from_what_is_not_finite(
+    tiny_dir: Path, prompts: list[Prompt], temperature: float, poison: float
+) -> None:
+    engine = load_engine(tiny_dir, dtype="float32")
+    with torch.no_grad():
+        engine.model.get_output_embeddings().weight[5] = poison
+    with pytest.raises(UserError, match=f"completion of problem {prompts[0].problem_id}: .*logits are not finite"):
+        engine.generate(prompts[:1], Sampling(max_new_tokens=2, temperature=temperature))
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(max_new_tokens=1, temperature=t, top_k=k) for t in (0.0, 1.0) for k in (2, None)]
+)
+def test_a_row_may_forbid_tokens_but_not_all(sampling: Sampling) -> None:
+    scores = torch.tensor([[-torch.inf, 3.0, -torch.inf], [0.0, 1.0, -torch.inf]])
+    assert draw(scores[:1], [0.999], sampling).tolist() == [1]
+    scores[1] = -torch.inf
+    with pytest.raises(UserError, match="row 1"):
+        draw(scores, [0.5, 0.5], sampling)
+    with pytest.raises(UserError, match="problem q"):
+        draw(scores, [0.5, 0.5], sampling, ["p", "q"])
 
 
 def test_a_model_that_is_not_there_or_not_loadable(tmp_path: Path, tiny_dir: Path) -> None:
