@@ -7,7 +7,6 @@ asked, what was found and what to do. Engines are imported by the commands that 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
@@ -21,6 +20,7 @@ from logitcache.prepare import PrepareRequest
 from logitcache.prepare import prepare as prepare_problems
 from logitcache.prompts import PromptStyle
 from logitcache.scoring import Sampling
+from logitcache.service.settings import Load, Service
 from logitcache.store.verify import Report
 
 app = App(name="logitcache", help=__doc__.splitlines()[0], version_flags=[])
@@ -208,46 +208,75 @@ def export(
 
 @app.command
 def serve(
-    urls: list[str],
+    urls: list[str] | None = None,
     /,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8815,
-    tokens: Path | None = None,
-    tls_certificate: Path | None = None,
-    tls_key: Path | None = None,
+    service: Annotated[Service, Flat] = Service(),  # noqa: B008 (frozen)
+    teacher: Annotated[list[str] | None, Parameter(negative="")] = None,
+    dtype: str = "bfloat16",
+    engine: Literal["transformers", "vllm"] = "transformers",
     streams: int = 16,
     json: bool = False,
 ) -> int:
-    """Let students elsewhere read caches over Arrow Flight, until SIGTERM: exit code 0 if every stream was sent.
+    """Let students elsewhere read caches, and have a teacher score for them, over Arrow Flight, until SIGTERM.
 
-    Costs one core for each student that reads as fast as it can, less where the student decodes. A student opens
-    `grpc://HOST:PORT/NAME` where it would open a cache's URL, with its token in LOGITCACHE_TOKEN.
+    Costs one core for each student that reads as fast as it can, less where the student decodes; a teacher costs one
+    scoring of what students write. A student opens `grpc://HOST:PORT/NAME` where it would open a cache's URL, and
+    `grpc://HOST:PORT#NAME` where it would name a teacher, with its token in LOGITCACHE_TOKEN. What is sealed meanwhile
+    is taken up. The exit code is 0 if every stream was sent.
 
-    Example: logitcache serve runs/demo/cache math=s3://bucket/cache --host 0.0.0.0 --tokens tokens.txt
+    Example: logitcache serve runs/demo/cache math=s3://bucket/cache --teacher embedded --host 0.0.0.0 --tokens t.txt
 
     Args:
-        urls: sealed caches, named by the last part of their URL, or as NAME=URL.
-        host: address to listen on; others than this machine's own need `--tokens`.
-        port: to listen on; 0 takes a free one.
-        tokens: file with a line `TOKEN CACHE...` for each bearer token, or `TOKEN *`.
-        tls_certificate: certificate chain, PEM; students then open `grpc+tls://HOST:PORT/NAME`.
-        tls_key: its private key, PEM.
-        streams: sent at once; more wait.
+        urls: sealed caches, named by the last part of their URL, or as NAME=URL; 'FOLDER/*' is all that a folder holds.
+        service: how it is reached and what it keeps.
+        teacher: models that score for students, named by the last part of their name, or as NAME=MODEL.
+        dtype: the precision that teachers compute in, bfloat16 or float32: that of the cache's build.
+        engine: that runs teachers.
+        streams: sent at once, and calls to teachers at once; more wait.
         json: print one JSON object once requests are taken.
     """
-    from logitcache.service.limits import Limits
-    from logitcache.service.run import run_server
-
-    if (tls_certificate is None) != (tls_key is None):
-        raise UserError("serve with TLS", "one of certificate and key is missing", "give both")
-    tls = None if tls_certificate is None or tls_key is None else (tls_certificate, tls_key)
+    try:
+        from logitcache.service.limits import Limits
+        from logitcache.service.offer import offer_teacher
+        from logitcache.service.run import run_server
+    except ImportError as error:
+        raise UserError("serve", str(error), "pip install 'logitcache[service]'") from error
 
     def ready(location: str) -> None:
         answer({"location": location}, f"serving at {location}; Ctrl-C ends it", as_json=json)
 
     limits = Limits(streams=streams)
-    return 0 if run_server(urls, host=host, port=port, tokens=tokens, tls=tls, limits=limits, ready=ready) else 1
+    teachers = [offer_teacher(model, dtype=dtype, engine=engine) for model in teacher or ()]
+    return 0 if run_server(urls or (), service, teachers=teachers, limits=limits, ready=ready) else 1
+
+
+@app.command(name="bench-serve")
+def bench_serve(
+    url: str,
+    /,
+    *,
+    load: Annotated[Load, Flat] = Load(),  # noqa: B008 (frozen)
+    targets: str | None = None,
+    json: bool = False,
+) -> int:
+    """Load a server with students that read at once: rates, waits and errors; exit code 0 if there was no error.
+
+    Costs what that many students cost the server, for `--seconds`.
+
+    Example: logitcache bench-serve grpc://127.0.0.1:8815/cache --targets topk --clients 64
+
+    Args:
+        url: a served cache; its token is in LOGITCACHE_TOKEN.
+        load: what to load it with.
+        targets: the tier to read; tokens alone by default.
+        json: print one JSON object.
+    """
+    from logitcache.service.load import run_load
+
+    found = run_load(url, load, targets=targets)
+    answer(found, "\n".join(f"{name:18}{value}" for name, value in found.items()), as_json=json)
+    return 1 if found["errors"] else 0
 
 
 def main() -> None:

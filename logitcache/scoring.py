@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from logitcache.errors import require
 from logitcache.records import Head, TeacherTargets, TokenSequence
@@ -98,6 +98,29 @@ class Scorer(Protocol):
         gets targets of zero rows.
         """
         ...
+
+
+class Scores(NamedTuple):
+    """What `Scorer.score` returns, and how often the teacher was run over each sequence for it."""
+
+    targets: list[tuple[TeacherTargets, ...]]
+    passes: list[int]
+
+
+@runtime_checkable
+class CountsPasses(Protocol):
+    """A scorer that may answer without running its teacher."""
+
+    def score_counted(self, sequences: Sequence[TokenSequence], want: Sequence[TargetRequest]) -> Scores:
+        """`Scorer.score`, and the passes that it took: what a ledger counts."""
+        ...
+
+
+def score_counted(scorer: Scorer, sequences: Sequence[TokenSequence], want: Sequence[TargetRequest]) -> Scores:
+    """The same of any scorer: one that does not count runs its teacher once over every sequence."""
+    if isinstance(scorer, CountsPasses):
+        return scorer.score_counted(sequences, want)
+    return Scores(scorer.score(sequences, want), [1] * len(sequences))
 
 
 class Generator(Protocol):

@@ -1,4 +1,4 @@
-"""The service: caches over Arrow Flight, for students that share no file system with them (docs/service.md).
+"""The service: caches and teachers over Arrow Flight, for students that share no machine with them (docs/service.md).
 
-`run_server` serves, `open_served` reads: what it returns is read like any other cache.
+`run_server` serves; `open_served` reads a cache, which is then like any other; `open_scorer` has a teacher score.
 """

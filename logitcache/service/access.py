@@ -1,7 +1,7 @@
-"""Who may read what: bearer tokens from a file, each with the caches it opens.
+"""Who may use what: bearer tokens from a file, each with the caches and teachers it opens.
 
 Guarantees: a token is compared in constant time with every token there is; neither a log nor an error shows one. A
-caller without a right to a cache learns no more than if there were none of that name.
+caller without a right to a name learns no more than if there were nothing of that name.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _SHORTEST = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Rights:
-    """The caches that a caller may read; None for all."""
+    """The names of caches that a caller may read, and of teachers that may score for it; None for all."""
 
-    caches: frozenset[str] | None
+    names: frozenset[str] | None
 
-    def may_read(self, cache: str) -> bool:
+    def may_use(self, name: str) -> bool:
         """Whether that one is among them."""
-        return self.caches is None or cache in self.caches
+        return self.names is None or name in self.names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Tokens:
 
     @classmethod
     def read(cls, path: Path) -> Tokens:
-        """From a file with a line `TOKEN CACHE...` for each, where `*` is every cache and `#` starts a comment.
+        """From a file with a line `TOKEN NAME...` for each, where `*` is every name and `#` starts a comment.
 
         Raises UserError for a file that is not so, or for a token of fewer than 16 characters.
         """
@@ -53,13 +53,13 @@ class Tokens:
             raise UserError(f"tokens in {path}", type(error).__name__, "give a text file that can be read") from error
         rights: dict[bytes, Rights] = {}
         for number, line in enumerate(lines, 1):
-            token, *caches = line.partition("#")[0].split() or [""]
+            token, *names = line.partition("#")[0].split() or [""]
             if not token:
                 continue
-            if len(token) < _SHORTEST or not token.isascii() or not caches:
-                found = f"line {number} is not a token of {_SHORTEST} characters or more and its caches"
-                raise UserError(f"tokens in {path}", found, "write `TOKEN CACHE...`, or `TOKEN *`")
-            rights[_digest(token)] = Rights(caches=None if ANY in caches else frozenset(caches))
+            if len(token) < _SHORTEST or not token.isascii() or not names:
+                found = f"line {number} is not a token of {_SHORTEST} characters or more and its names"
+                raise UserError(f"tokens in {path}", found, "write `TOKEN NAME...`, or `TOKEN *`")
+            rights[_digest(token)] = Rights(names=None if ANY in names else frozenset(names))
         if not rights:
             raise UserError(f"tokens in {path}", "there is none", "write a line `TOKEN *`")
         return cls(rights=rights)
@@ -89,7 +89,7 @@ class Gate(flight.ServerMiddlewareFactory):
     def start_call(self, info: Any, headers: Mapping[str, Any]) -> Caller:
         """See `flight.ServerMiddlewareFactory`."""
         if self._tokens is None:
-            return Caller(Rights(caches=None))
+            return Caller(Rights(names=None))
         values = headers.get("authorization") or [""]
         scheme, _, token = str(values[0]).partition(" ")
         rights = self._tokens.of(token.strip()) if scheme.lower() == "bearer" else None

@@ -1,41 +1,60 @@
 """The caches that a server offers, by name: the one place where a name becomes something that is read.
 
-Guarantees: what is served is one sealed content, named by its manifest's digest, from start to end; clients choose
-among names that were fixed when the server started, so nothing they send reaches a file system.
+Guarantees: what a request reads is one sealed content, named by its manifest's digest; a cache that is sealed anew is
+taken up by `refresh`, and whoever reads what it was goes on with that. Clients choose among names that the server
+found, so nothing they send reaches a file system.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+
+from fsspec.core import url_to_fs
 
 from logitcache.codecs import codec_from_config
 from logitcache.errors import IdentityError, UserError
+from logitcache.service.refusals import LOG
 from logitcache.service.undecoded import undecoded
 from logitcache.store import Reader, layout, open_cache
 from logitcache.store.envelope import unseal
 from logitcache.store.opening import SERVED
+from logitcache.store.place import redact
 from logitcache.store.tiers import CodecFactory
+
+FOLDER = "/*"
+"""How a place ends that is a folder of caches."""
+CONTENTS = 8
+"""Of a cache that grows, the contents that can be read: who opened an older one opens it again."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Served:
-    """One cache.
+    """One content of a cache.
 
     Attributes:
         name: in the catalogue.
+        url: where it lies.
         tokens: its reader without targets.
         codec_factory: rebuilds the codecs of its tiers.
         envelopes: `identity.json` and `manifest.json` as they are stored, which a client checks as a reader does.
     """
 
     name: str
+    url: str
     tokens: Reader
     codec_factory: CodecFactory
     envelopes: tuple[bytes, bytes]
     _readers: dict[tuple[str, bool], Reader] = field(default_factory=dict, init=False, repr=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+
+    @property
+    def digest(self) -> str:
+        """Of its manifest."""
+        return str(self.tokens.manifest.digest)
 
     def reader(self, tier: str | None, *, encoded: bool = False) -> Reader:
         """The reader of a tier that is there, one for all requests; of tokens alone for None."""
@@ -58,27 +77,95 @@ class Served:
         return lambda config, shared: packed
 
 
-def open_catalogue(places: Sequence[str], *, codec_factory: CodecFactory = codec_from_config) -> dict[str, Served]:
-    """Caches by name.
+class Catalogue:
+    """The caches of a server, by name, each with the contents that it had since the server started. Thread-safe.
 
     Args:
-        places: URLs, each alone, to be named by its last part, or as `NAME=URL`.
+        places: URLs, each alone, to be named by its last part, or as `NAME=URL`; `FOLDER/*` is every sealed cache
+            that lies, or comes to lie, in a folder.
         codec_factory: rebuilds the codecs of their tiers.
 
     Raises:
         UserError: a place without a sealed cache, a name that is none, or one that comes twice.
     """
-    served: dict[str, Served] = {}
-    for place in places:
-        name, url = _named(place)
-        if name in served:
-            raise UserError(f"serve {place}", f"{name} is served already", "name one of them: NAME=URL")
-        if url.startswith(SERVED):
-            raise UserError(f"serve {place}", "it is served already", "give the URL where the cache lies")
-        served[name] = _open(name, url, codec_factory)
-    if not served:
-        raise UserError("serve caches", "none is named", "give the URL of at least one")
-    return served
+
+    def __init__(self, places: Sequence[str], *, codec_factory: CodecFactory = codec_from_config) -> None:
+        self._codec_factory = codec_factory
+        self._folders = [place.removesuffix("*") for place in places if place.endswith(FOLDER)]
+        self._contents: dict[str, OrderedDict[str, Served]] = {}
+        self._unfit: dict[str, str] = {}
+        for place in places:
+            if place.endswith(FOLDER):
+                continue
+            name, url = _named(place)
+            if name in self._contents:
+                raise UserError(f"serve {place}", f"{name} is served already", "name one of them: NAME=URL")
+            if url.startswith(SERVED):
+                raise UserError(f"serve {place}", "it is served already", "give the URL where the cache lies")
+            self._take_up(_open(name, url, codec_factory))
+        for folder in self._folders:
+            _sealed_in(folder)
+        self._look_into_folders()
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter([next(reversed(contents.values())) for contents in list(self._contents.values())])
+
+    def get(self, name: str, digest: str | None = None) -> Served | None:
+        """The content of a cache with that digest, or its newest; None if it is not, or no longer, there."""
+        contents = self._contents.get(name)
+        if contents is None:
+            return None
+        return next(reversed(contents.values())) if digest is None else contents.get(digest)
+
+    def refresh(self) -> list[str]:
+        """Take up what was sealed since; the names of those caches. Streams of what was there go on."""
+        before = {served.name: served.digest for served in self}
+        for served in self:
+            with self._noting(served.tokens.source.shown):
+                if served.tokens.source.read(layout.MANIFEST) != served.envelopes[1]:
+                    self._take_up(_open(served.name, served.url, self._codec_factory))
+        self._look_into_folders()
+        return [served.name for served in self if before.get(served.name) != served.digest]
+
+    def _look_into_folders(self) -> None:
+        for folder in self._folders:
+            with self._noting(folder):
+                for url in _sealed_in(folder):
+                    name = url.rpartition("/")[2]
+                    if name not in self._contents:
+                        with self._noting(url):
+                            self._take_up(_open(layout.check_name("a cache", name), url, self._codec_factory))
+
+    def _take_up(self, served: Served) -> None:
+        contents = OrderedDict(self._contents.get(served.name, {}))
+        contents[served.digest] = served
+        contents.move_to_end(served.digest)
+        while len(contents) > CONTENTS:
+            contents.popitem(last=False)
+        self._contents[served.name] = contents  # replaced as a whole: requests read it meanwhile
+
+    @contextmanager
+    def _noting(self, what: str) -> Iterator[None]:
+        """What cannot be taken up is said once, and the server goes on with what it has."""
+        try:
+            yield
+            self._unfit.pop(what, None)
+        except (UserError, OSError) as error:
+            if self._unfit.get(what) != str(error):
+                LOG.warning("not taken up", extra={"error": str(error)})
+            self._unfit[what] = str(error)
+
+
+def _sealed_in(folder: str) -> list[str]:
+    """URLs of the sealed caches in a folder."""
+    try:
+        files, path = url_to_fs(folder)
+        if not files.isdir(path):
+            raise FileNotFoundError("there is no such folder")
+        found = files.glob(f"{path.rstrip('/')}/*/{layout.MANIFEST}")
+        return sorted(files.unstrip_protocol(str(name)).removesuffix(f"/{layout.MANIFEST}") for name in found)
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"serve {redact(folder)}*", redact(str(error)), "give a folder that can be listed") from error
 
 
 def _open(name: str, url: str, codec_factory: CodecFactory) -> Served:
@@ -86,7 +173,7 @@ def _open(name: str, url: str, codec_factory: CodecFactory) -> Served:
     envelopes = (tokens.source.read(layout.IDENTITY), tokens.source.read(layout.MANIFEST))
     if unseal(envelopes[1]).digest != tokens.manifest.digest:
         raise UserError(f"serve {url}", "it was sealed anew just now", "start the server again")
-    return Served(name=name, tokens=tokens, codec_factory=codec_factory, envelopes=envelopes)
+    return Served(name=name, url=url, tokens=tokens, codec_factory=codec_factory, envelopes=envelopes)
 
 
 def unknown_cache(name: str) -> UserError:

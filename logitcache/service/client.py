@@ -29,6 +29,7 @@ from logitcache.records import Head, ScoredSequence, TokenSequence
 from logitcache.service import wire
 from logitcache.service.connection import LOST, Connection
 from logitcache.service.requests import MAX_SEQUENCES, Request, RowsRequest, SamplesRequest, SharedRequest, to_bytes
+from logitcache.store.disk_cache import DiskCache, key_of
 from logitcache.store.envelope import unseal
 from logitcache.store.manifest import Manifest
 from logitcache.store.reader import checked_indices
@@ -49,6 +50,7 @@ class FlightReader:
         identity: of the build.
         tier: the tier that is read; None for tokens alone.
         encoded: whether targets travel as the codec packed them, and are decoded here.
+        disk_cache: where rows are kept as they came; None to keep nothing.
     """
 
     connection: Connection
@@ -58,6 +60,7 @@ class FlightReader:
     tier: str | None
     encoded: bool = True
     codec_factory: CodecFactory = codec_from_config
+    disk_cache: DiskCache | None = None
     _codec: list[Codec] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
@@ -118,16 +121,38 @@ class FlightReader:
         )
 
     def _rows(self, request: RowsRequest, rebuild: wire.Rebuild | None) -> list[Any]:
-        """Every row of a request. Each round asks for what is missing, and ends with some of it or an error."""
+        """Every row of a request: what is kept, and the rest from the server."""
+        if self.disk_cache is None:
+            return self._fetched(request, rebuild)
+        found = [self._kept(request, index, rebuild) for index in request.indices]
+        missing = [place for place, item in enumerate(found) if item is None]
+        indices = tuple(request.indices[place] for place in missing)
+        for place, item in zip(
+            missing, self._fetched(dataclasses.replace(request, indices=indices), rebuild), strict=True
+        ):
+            found[place] = item
+        return found
+
+    def _kept(self, request: RowsRequest, index: int, rebuild: wire.Rebuild | None) -> Any:
+        data = None if self.disk_cache is None else self.disk_cache.get(_row_key(request, index))
+        return None if data is None else self._decoded(wire.from_ipc(data), (index,), 0, rebuild)[0]
+
+    def _fetched(self, request: RowsRequest, rebuild: wire.Rebuild | None) -> list[Any]:
+        """The rows from the server. Each round asks for what is missing, and ends with some of it or an error."""
         received: list[Any] = []
 
         def attempt(client: flight.FlightClient, options: flight.FlightCallOptions) -> None:
             before = len(received)
             missing = request.indices[before : before + MAX_SEQUENCES]
-            ticket = _ticket(dataclasses.replace(request, indices=missing))
+            wanted = ticket(dataclasses.replace(request, indices=missing))
             try:
-                for chunk in client.do_get(ticket, options):
-                    received.extend(self._decoded(chunk.data, request.indices, len(received), rebuild))
+                for chunk in client.do_get(wanted, options):
+                    start = len(received)
+                    received.extend(self._decoded(chunk.data, request.indices, start, rebuild))
+                    if self.disk_cache is not None:
+                        for row, index in enumerate(request.indices[start : len(received)]):
+                            key = _row_key(request, index)
+                            self.disk_cache.put(key, wire.to_ipc(chunk.data.slice(row, 1)))
             except LOST:
                 if len(received) == before:
                     raise
@@ -174,12 +199,10 @@ class FlightReader:
         return wire.decode_shared(self._table(request))
 
     def _table(self, request: Request) -> pa.Table:
-        table = self.connection.ask(lambda client, options: client.do_get(_ticket(request), options).read_all())
         try:
-            table.validate(full=True)
+            return fetch_table(self.connection, request)
         except pa.ArrowException as error:
             raise self._damaged(str(error)) from error
-        return table
 
     def _damaged(self, found: str) -> DamagedError:
         return DamagedError(f"read {self.cache} from {self.connection.location}", found, "tell who runs the server")
@@ -193,5 +216,18 @@ def run_action(connection: Connection, kind: str, **fields: str) -> list[bytes]:
     )
 
 
-def _ticket(request: Request) -> flight.Ticket:
+def fetch_table(connection: Connection, request: Request) -> pa.Table:
+    """All that a request brings, as one table. Raises ArrowException for one that is not valid."""
+    table = connection.ask(lambda client, options: client.do_get(ticket(request), options).read_all())
+    table.validate(full=True)
+    return table
+
+
+def _row_key(request: RowsRequest, index: int) -> str:
+    asked = (request.manifest, request.tier, request.encoded, request.first, request.limit)
+    return key_of("served row", *asked, index)
+
+
+def ticket(request: Request) -> flight.Ticket:
+    """A request as Flight carries it."""
     return flight.Ticket(to_bytes(request))

@@ -1,4 +1,4 @@
-"""A client's line to one server: dialled when needed, dialled again when it breaks.
+"""A client's line to a server, or to the next of several: dialled when needed, and again when it breaks.
 
 Guarantees: what the server refuses is raised as it was meant, at once; what another attempt may cure (a server that
 restarts, is busy, or hangs up) is asked again after growing random pauses, for `patience_s`.
@@ -40,6 +40,7 @@ _CHANNEL = [  # a channel of its own, so that dialling again is not held up by g
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.http2.lookahead_bytes", 8 << 20),  # the server sends on while a message is decoded
 ]
 _DIALLED: list[int] = []
 """The process that dialled first. gRPC's threads are not in a fork of it, where every call would hang."""
@@ -56,20 +57,26 @@ class Connection:
     """Thread-safe; pickles as its arguments.
 
     Attributes:
-        location: `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`.
+        locations: `grpc://HOST:PORT` or `grpc+tls://HOST:PORT`, of servers that offer the same.
         token: sent as a bearer token.
         tls_roots: certificates to trust, PEM; None for the system's.
         timeout_s: the longest that one request may take.
         patience_s: how long to go on asking while nothing comes.
     """
 
-    location: str
+    locations: tuple[str, ...]
     token: str | None = field(default=None, repr=False)
     tls_roots: bytes | None = field(default=None, repr=False)
     timeout_s: float = 600.0
     patience_s: float = 60.0
     _clients: list[flight.FlightClient] = field(default_factory=list, init=False, repr=False)
+    _failed: list[int] = field(default_factory=lambda: [0], init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+
+    @property
+    def location(self) -> str:
+        """The server that is asked now."""
+        return self.locations[self._failed[0] % len(self.locations)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return as_arguments(self)
@@ -90,7 +97,7 @@ class Connection:
             return retrying(self._attempt, attempt)
         except RetryError as error:
             found = str(error.last_attempt.exception())
-            asked = f"read from {self.location}"
+            asked = f"read from {' or '.join(self.locations)}"
             raise UserError(asked, f"no answer for {self.patience_s:g} s ({found})", "start the server") from error
 
     def _attempt(self, attempt: Attempt[_Found]) -> _Found:
@@ -100,7 +107,7 @@ class Connection:
             return attempt(client, flight.FlightCallOptions(timeout=self.timeout_s, headers=headers))
         except LOST as error:
             refusal = from_flight(error)
-            if refusal is None:
+            if refusal is None or len(self.locations) > 1:  # a busy server, and another one that may not be
                 self._hang_up(client)
             raise _Passing(_first_words(error) if refusal is None else refusal.found) from error
         except (flight.FlightError, pa.ArrowException, OSError) as error:
@@ -126,14 +133,15 @@ class Connection:
             return self._clients[0]
 
     def _hang_up(self, client: flight.FlightClient) -> None:
-        """Forget a client; what other threads still read from it fails or ends by itself."""
+        """Forget a client, for the next server's; what other threads still read from it fails or ends by itself."""
         with self._lock:
             if self._clients == [client]:
                 self._clients.clear()
+                self._failed[0] += 1
 
     def _tell(self, state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome is not None:
-            LOG.warning("no answer from %s (%s): asking again", self.location, state.outcome.exception())
+            LOG.warning("no answer (%s): asking %s", state.outcome.exception(), self.location)
 
 
 def _first_words(error: BaseException) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ class Limits:
         queue: requests that wait for their turn; more are sent away, to come again.
         queue_s: how long a request waits for its turn before it is sent away, to come again.
         stream_s: how long a stream may take; a client goes on with another.
+        answer_bytes: of the targets that one call to a teacher may ask for.
         drain_s: how long streams may go on once the server is told to stop.
     """
 
@@ -31,6 +34,7 @@ class Limits:
     queue_s: float = 30.0
     stream_s: float = 600.0
     drain_s: float = 30.0
+    answer_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         require(self.streams >= 1 and self.queue >= 1, "at least one stream at once, and a queue", self)
@@ -38,45 +42,71 @@ class Limits:
 
 
 class Turns:
-    """Turns to send: at most `limits.streams` at once, none once it is closed."""
+    """Turns to send, in the order they were asked for: at most `limits.streams` at once, none once it is closed."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._changed = threading.Condition()
-        self._taken = self._waiting = 0
-        self._closed = False
+        self._idle = threading.Condition()
+        self._queue: deque[Future[bool]] = deque()
+        self._taken, self._closed = 0, False
 
     @contextmanager
     def turn(self) -> Iterator[float]:
         """Wait for a turn; yields the `time.monotonic` at which it is over. Raises Refusal without one in time."""
-        with self._changed:
-            free = self._waiting < self._limits.queue and self._wait()
-            if self._closed or not free:
-                found = "it is shutting down" if self._closed else "it is busy"
-                raise Refusal(UserError("read from this server", found, "try again"), flight.FlightUnavailableError)
-            self._taken += 1
+        if not self._wait():
+            found = "it is shutting down" if self._closed else "it is busy"
+            raise Refusal(UserError("read from this server", found, "try again"), flight.FlightUnavailableError)
         try:
             yield time.monotonic() + self._limits.stream_s
         finally:
-            with self._changed:
-                self._taken -= 1
-                self._changed.notify_all()
+            with self._idle:
+                if self._queue:
+                    self._queue.popleft().set_result(True)  # the turn is the next one's
+                else:
+                    self._taken -= 1
+                    self._idle.notify_all()
+
+    def close(self) -> None:
+        """Give no more turns."""
+        with self._idle:
+            self._closed = True
+            while self._queue:
+                self._queue.popleft().set_result(False)
 
     def drain(self) -> bool:
         """Give no more turns, and wait for those that are taken; whether all ended in time."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-            return self._changed.wait_for(lambda: not self._taken, self._limits.drain_s)
+        self.close()
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._taken, self._limits.drain_s)
 
     def _wait(self) -> bool:
-        self._waiting += 1
+        """Whether it was given a turn."""
+        with self._idle:
+            if self._closed or len(self._queue) >= self._limits.queue:
+                return False
+            if self._taken < self._limits.streams:
+                self._taken += 1
+                return True
+            given: Future[bool] = Future()
+            self._queue.append(given)
         try:
-            return self._changed.wait_for(
-                lambda: self._closed or self._taken < self._limits.streams, self._limits.queue_s
-            )
-        finally:
-            self._waiting -= 1
+            return given.result(self._limits.queue_s)
+        except TimeoutError:
+            with self._idle:
+                if given.done():  # in the meantime
+                    return given.result()
+                self._queue.remove(given)
+                return False
+
+    @property
+    def taken(self) -> int:
+        """Turns that are taken."""
+        return self._taken
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+        return len(self._queue)
 
     @property
     def closed(self) -> bool:

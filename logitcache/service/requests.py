@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcache.errors import UserError
+from logitcache.scoring import FullVocabRequest, HiddenStateRequest, SampledRequest, TargetRequest, TopKRequest
 
 MAX_REQUEST_BYTES = 1 << 20
 MAX_SEQUENCES = 1 << 16
@@ -59,8 +60,44 @@ class SharedRequest:
     array: str
 
 
-Request = RowsRequest | SamplesRequest | SharedRequest
-_KINDS: dict[str, type[Request]] = {"rows": RowsRequest, "samples": SamplesRequest, "shared": SharedRequest}
+@dataclass(frozen=True, kw_only=True)
+class HeadRequest:
+    """One array of a teacher's output head: `weight` or `bias`."""
+
+    teacher: str
+    digest: str
+    array: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """What a teacher shall say of the sequences that follow in the exchange.
+
+    Attributes:
+        teacher: its name in the catalogue.
+        digest: of what the server said of it (`logitcache.service.teachers`), so that no other one answers.
+        want: the kind of targets.
+    """
+
+    teacher: str
+    digest: str
+    want: TargetRequest
+
+
+Request = RowsRequest | SamplesRequest | SharedRequest | HeadRequest
+_KINDS: dict[str, type[Request]] = {
+    "rows": RowsRequest,
+    "samples": SamplesRequest,
+    "shared": SharedRequest,
+    "head": HeadRequest,
+}
+_WANTS: dict[str, type[TargetRequest]] = {
+    "topk": TopKRequest,
+    "hidden": HiddenStateRequest,
+    "full": FullVocabRequest,
+    "sampled": SampledRequest,
+}
+_MOST_KEPT = 1 << 24
 
 
 def to_bytes(request: Request) -> bytes:
@@ -91,6 +128,26 @@ def parse_request(data: bytes) -> Request:
     return RowsRequest(**{**fields, "indices": tuple(indices)})
 
 
+def score_to_bytes(request: ScoreRequest) -> bytes:
+    """A request to score as the command of `do_exchange`."""
+    want = {"kind": kind_of(request.want), **vars(request.want)}
+    return json.dumps({**vars(request), "want": want}, separators=(",", ":")).encode()
+
+
+def parse_score(data: bytes) -> ScoreRequest:
+    """The request in a command. Raises UserError unless it is one, with every field and no other."""
+    fields = parse_object(data)
+    if fields.keys() != ScoreRequest.__dataclass_fields__.keys():
+        raise malformed(f"to score takes exactly {', '.join(ScoreRequest.__dataclass_fields__)}")
+    _check_names(fields)
+    return ScoreRequest(**{**fields, "want": _parse_want(fields["want"])})
+
+
+def kind_of(want: TargetRequest) -> str:
+    """The kind of targets that a request asks for."""
+    return next(kind for kind, cls in _WANTS.items() if isinstance(want, cls))
+
+
 def parse_object(data: bytes) -> dict[str, Any]:
     """A JSON object from a client. Raises UserError unless it is one of an acceptable size."""
     if len(data) > MAX_REQUEST_BYTES:
@@ -109,12 +166,26 @@ def malformed(found: str) -> UserError:
     return UserError("a request", found, "use a client of this version")
 
 
+def _parse_want(want: Any) -> TargetRequest:
+    cls = _WANTS.get(str(want.get("kind"))) if isinstance(want, dict) else None
+    if cls is None or want.keys() - {"kind"} != cls.__dataclass_fields__.keys():
+        raise malformed(f"want is not one of {', '.join(_WANTS)} with its fields")
+    values = {name: value for name, value in want.items() if name != "kind"}
+    for name, value in values.items():
+        if name in ("max_k", "samples"):
+            if not _count(value) or not 1 <= value <= _MOST_KEPT:
+                raise malformed(f"{name} is not a count of 1 or more")
+        elif type(value) not in (int, float) or not 0 <= value <= 1:
+            raise malformed(f"{name} is not a probability")
+    return cls(**values)
+
+
 def _check_names(fields: Mapping[str, Any]) -> None:
-    for name in ("cache", "manifest", "tier", "array"):
+    for name in ("cache", "manifest", "tier", "array", "teacher", "digest"):
         value = fields.get(name)
         if name in fields and not isinstance(value, str) and not (value is None and "indices" in fields):
             raise malformed(f"{name} is not a name")
-        if name in ("cache", "manifest") and value is None:
+        if name in ("cache", "manifest") and name in fields and value is None:
             raise malformed(f"{name} is missing")
 
 

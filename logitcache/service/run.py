@@ -6,48 +6,47 @@ streams under way are sent, or `limits.drain_s` is over; its log is one JSON obj
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import logging
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pyarrow as pa
 
 from logitcache.codecs import codec_from_config
-from logitcache.errors import UserError, require
+from logitcache.errors import UserError
 from logitcache.service.access import Tokens
-from logitcache.service.catalogue import open_catalogue
+from logitcache.service.catalogue import Catalogue
 from logitcache.service.limits import Limits
+from logitcache.service.metrics import Metrics, metrics_at
 from logitcache.service.refusals import LOG
 from logitcache.service.server import CacheServer
+from logitcache.service.settings import Service, loopback
+from logitcache.service.teachers import Scoring, Teacher
+from logitcache.store.disk_cache import DiskCache
 from logitcache.store.tiers import CodecFactory
 
-_FIELDS = ("request", "peer", "error", "bytes", "seconds", "location", "caches", "drained")
+_FIELDS = ("request", "peer", "error", "bytes", "seconds", "location", "metrics", "caches", "teachers", "drained")
 
 
 def run_server(
     caches: Sequence[str],
+    service: Service = Service(),  # noqa: B008 (frozen)
     *,
-    host: str = "127.0.0.1",
-    port: int = 8815,
-    tokens: Path | None = None,
-    tls: tuple[Path, Path] | None = None,
+    teachers: Sequence[Teacher] = (),
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     codec_factory: CodecFactory = codec_from_config,
     ready: Callable[[str], None] = lambda location: None,
 ) -> bool:
-    """Serve caches until SIGTERM or SIGINT; call it in the main thread.
+    """Serve until SIGTERM or SIGINT; call it in the main thread.
 
     Args:
-        caches: URLs of sealed caches, each alone or as `NAME=URL`.
-        host: address to listen on.
-        port: to listen on; 0 takes a free one.
-        tokens: file of bearer tokens and their rights; None lets everyone read everything.
-        tls: files of the certificate chain and its private key, PEM.
+        caches: URLs of sealed caches, each alone or as `NAME=URL`; `FOLDER/*` for those in a folder.
+        service: how it is reached and what it keeps.
+        teachers: to score with.
         limits: on what requests take.
         codec_factory: rebuilds the codecs of the caches' tiers.
         ready: told the address once requests are taken.
@@ -56,44 +55,77 @@ def run_server(
         Whether every stream was sent to its end.
 
     Raises:
-        UserError: an address that others can reach without tokens, one that is taken, a file that is not as it should
-            be, a place without a sealed cache.
+        UserError: an address that is taken, a file that is not as it should be, a place without a sealed cache, a name
+            that comes twice, nothing to serve.
     """
-    require(0 <= port < 1 << 16, "a port", port)
-    if tokens is None and not _loopback(host):
-        found = "others can reach that address, and there are no tokens"
-        raise UserError(f"serve on {host}", found, "give --tokens FILE, or listen on 127.0.0.1")
-    known = None if tokens is None else Tokens.read(tokens)
-    certificate = None if tls is None else (_pem(tls[0]), _pem(tls[1]))
-    catalogue = open_catalogue(caches, codec_factory=codec_factory)
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    log = logging.StreamHandler()
-    log.setFormatter(_JsonLines())
-    LOG.addHandler(log)
-    LOG.setLevel(logging.INFO)
-    try:
-        location = f"{'grpc' if tls is None else 'grpc+tls'}://{f'[{host}]' if ':' in host else host}"
+    tokens = None if service.tokens is None else Tokens.read(service.tokens)
+    tls, metrics, stop = service.tls, Metrics(), threading.Event()
+    catalogue = Catalogue(caches, codec_factory=codec_factory)
+    _check_names(catalogue, caches, teachers)
+    kept = None
+    if service.scores is not None:
+        kept = DiskCache(folder=str(service.scores), max_bytes=int(service.scores_gb * 1e9))
+    with _signals(stop), _logging():
+        scoring = [
+            Scoring(teacher, gather_s=service.gather_s, cache=kept, told=metrics.scored(teacher.name))
+            for teacher in teachers
+        ]
+        location = f"{'grpc' if tls is None else 'grpc+tls'}://{_bracketed(service.host)}"
         server = _listen(
-            f"{location}:{port}",
-            lambda where: CacheServer(where, catalogue, tokens=known, tls=certificate, limits=limits),
+            f"{location}:{service.port}",
+            lambda where: CacheServer(
+                where, catalogue, teachers=scoring, tokens=tokens, tls=tls, limits=limits, metrics=metrics
+            ),
         )
-        address = f"{location}:{server.port}"
-        LOG.info("serving", extra={"location": address, "caches": list(catalogue)})
-        if tls is None and not _loopback(host):
-            LOG.warning("tokens and data travel unencrypted without TLS")
-        ready(address)
-        stop.wait()
-        drained = server.drain()
+        with metrics_at(service.metrics, metrics, lambda: server.draining) as metrics_address:
+            address = f"{location}:{server.port}"
+            offered = {"caches": [cache.name for cache in catalogue], "teachers": [each.name for each in teachers]}
+            LOG.info("serving", extra={"location": address, "metrics": metrics_address, **offered})
+            if tls is None and not loopback(service.host):
+                LOG.warning("tokens and data travel unencrypted without TLS")
+            ready(address)
+            while not stop.wait(service.reload_s or None):
+                if names := catalogue.refresh():
+                    metrics.reloads.inc(len(names))
+                    LOG.info("taken up", extra={"caches": names})
+            drained = server.drain()
         LOG.info("stopping", extra={"drained": drained})
         closing = threading.Thread(target=server.shutdown, daemon=True)  # it waits for streams, however stuck
         closing.start()
         closing.join(limits.drain_s if drained else 0)
         return drained and not closing.is_alive()
+
+
+def _check_names(catalogue: Catalogue, places: Sequence[str], teachers: Sequence[Teacher]) -> None:
+    names = [teacher.name for teacher in teachers]
+    for name in names:
+        if names.count(name) > 1 or catalogue.get(name) is not None:
+            raise UserError(f"serve teacher {name}", "that name is taken", "name one of them: NAME=MODEL")
+    if not places and not names:
+        raise UserError("serve", "no cache and no teacher is named", "give the URL of a cache, or --teacher MODEL")
+
+
+@contextmanager
+def _signals(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set the event meanwhile."""
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
     finally:
-        LOG.removeHandler(log)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    log = logging.StreamHandler()
+    log.setFormatter(_JsonLines())
+    LOG.addHandler(log)
+    LOG.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        LOG.removeHandler(log)
 
 
 def _listen(location: str, make: Callable[[str], CacheServer]) -> CacheServer:
@@ -106,18 +138,8 @@ def _listen(location: str, make: Callable[[str], CacheServer]) -> CacheServer:
         ) from error
 
 
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _pem(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"TLS with {path}", type(error).__name__, "give a PEM file that can be read") from error
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 class _JsonLines(logging.Formatter):

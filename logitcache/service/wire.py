@@ -36,6 +36,8 @@ from logitcache.store.samples import offsets_of
 
 MESSAGE_BYTES = 64 << 20
 """Where some sequences together are larger, each is a message of its own."""
+SEQUENCES_AT_ONCE = 8
+"""Sequences that a stream reads at a time, and sends as a message unless they are large."""
 _TOKENS = pa.field("token_ids", pa.large_list(pa.int32()), nullable=False)
 SEQUENCE_COLUMNS = (pa.field("index", pa.int64(), nullable=False), *SAMPLES, _TOKENS)
 _DECODED: Mapping[str, type[TeacherTargets]] = {
@@ -55,8 +57,12 @@ def rows_schema(codec: Codec | None) -> pa.Schema:
     if codec is None:
         return pa.schema(SEQUENCE_COLUMNS)
     nothing = {name: np.empty((0, *item.item_shape), item.dtype) for name, item in codec.layouts.items()}
-    arrays = _arrays_of(codec.decode(nothing))
-    columns = [pa.field(name, _list_of(values), nullable=False) for name, values in arrays.items()]
+    return targets_schema(codec.decode(nothing))
+
+
+def targets_schema(targets: TeacherTargets | EncodedRows) -> pa.Schema:
+    """The schema of sequences with targets like these."""
+    columns = [pa.field(name, _list_of(values), nullable=False) for name, values in _arrays_of(targets).items()]
     return pa.schema([*SEQUENCE_COLUMNS, *columns])
 
 
@@ -68,6 +74,13 @@ def encode_rows(schema: pa.Schema, indices: Sequence[int], items: Sequence[Item]
         return
     for index, item in zip(indices, items, strict=True):
         yield _encode(schema, [index], [item])
+
+
+def in_messages(schema: pa.Schema, indices: Sequence[int], items: Sequence[Item]) -> Iterator[pa.RecordBatch]:
+    """The messages of any number of sequences, in order."""
+    for start in range(0, len(items), SEQUENCES_AT_ONCE):
+        some = slice(start, start + SEQUENCES_AT_ONCE)
+        yield from encode_rows(schema, indices[some], items[some])
 
 
 def decode_rows(batch: pa.RecordBatch, rebuild: Rebuild | None) -> list[tuple[int, Item]]:
@@ -90,6 +103,19 @@ def decode_rows(batch: pa.RecordBatch, rebuild: Rebuild | None) -> list[tuple[in
     targets = [rebuild({name: split[name][b] for name in names}) for b in range(batch.num_rows)]
     scored = [ScoredSequence(sequence=s, targets=t) for s, t in zip(sequences, targets, strict=True)]
     return list(zip(indices, scored, strict=True))
+
+
+def to_ipc(batch: pa.RecordBatch) -> bytes:
+    """A message as bytes to keep."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def from_ipc(data: bytes) -> pa.RecordBatch:
+    """The message that was kept."""
+    return pa.ipc.open_stream(data).read_next_batch()
 
 
 def rebuild_decoded(kind: str, head_fingerprint: str | None) -> Rebuild:
@@ -187,7 +213,8 @@ def _list_of(array: NDArray[Any]) -> pa.DataType:
 def _lists(arrays: Sequence[NDArray[Any]]) -> pa.Array:
     """One list a sequence."""
     offsets = offsets_of(np.array([len(array) for array in arrays], np.int64))
-    return pa.LargeListArray.from_arrays(pa.array(offsets), _items(np.concatenate(arrays)))
+    values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), _items(values))
 
 
 def _items(array: NDArray[Any]) -> pa.Array:

@@ -1,8 +1,8 @@
-"""A bounded cache of remote reads on a local disk, for many epochs over one object store.
+"""A bounded folder of what was costly to get, on a local disk: remote reads, a server's rows, a teacher's scores.
 
-Guarantees: what is kept carries its own checksum, so a damaged copy is fetched again and never returned; the folder
+Guarantees: what is kept carries its own checksum, so a damaged or torn copy is got again and never returned; the folder
 stays within `max_bytes` (each process that fills it may exceed it by a twentieth); any number of processes share it.
-Only byte ranges of committed, immutable objects are kept, under the digest of the content they belong to.
+Only what never changes is kept, under a digest that says what it is.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 
 from logitcache.errors import UserError
+from logitcache.pickling import as_arguments
 from logitcache.store.chain import CRC_BYTES
 from logitcache.store.place import ByteRange, Source
 
@@ -28,7 +30,7 @@ SLACK = 20
 
 @dataclass(frozen=True, kw_only=True)
 class DiskCache:
-    """Where to keep what was read, and how much of it.
+    """Where to keep what was got, and how much of it. Thread-safe; pickles as its arguments.
 
     Attributes:
         folder: on a local disk; made if it is not there.
@@ -37,10 +39,65 @@ class DiskCache:
 
     folder: str
     max_bytes: int
+    _written: list[int] = field(default_factory=lambda: [1 << 62], init=False, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.max_bytes < 1 << 20:
             raise UserError("a disk cache", f"a bound of {self.max_bytes} bytes", "give a MiB or more")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return as_arguments(self)
+
+    def get(self, key: str) -> bytes | None:
+        """What is kept under a key (hex digits of a digest); None if nothing is, or nothing whole."""
+        file = self._file(key)
+        try:
+            data = file.read_bytes()
+            os.utime(file)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        payload = data[CRC_BYTES:]
+        if payload and google_crc32c.value(payload).to_bytes(CRC_BYTES, "little") == data[:CRC_BYTES]:
+            return payload
+        return None
+
+    def put(self, key: str, data: bytes) -> None:
+        """Keep it; what was not asked for longest makes room. Raises UserError if the folder cannot be written."""
+        file = self._file(key)
+        temporary = Path(self.folder) / f".{uuid.uuid4().hex}"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(google_crc32c.value(data).to_bytes(CRC_BYTES, "little") + data)
+            os.replace(temporary, file)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            asked = f"keep what was read in {self.folder}"
+            raise UserError(asked, str(error), "give a folder that can be written, or a smaller bound") from error
+        with self._lock:
+            self._written[0] += len(data)
+            if self._written[0] > self.max_bytes // SLACK:
+                self._written[0] = 0
+                self._shrink()
+
+    def _file(self, key: str) -> Path:
+        return Path(self.folder) / key[:2] / key[2:]
+
+    def _shrink(self) -> None:
+        """Remove what was not read for longest, until a twentieth of the bound is free."""
+        entries = []
+        for path in Path(self.folder).rglob("*"):
+            with suppress(FileNotFoundError):
+                if path.is_file():
+                    stat = path.stat()
+                    entries.append((stat.st_mtime_ns, stat.st_size, path))
+        excess = sum(size for _, size, _ in entries) - self.max_bytes * (SLACK - 1) // SLACK
+        for _, size, path in sorted(entries):
+            if excess <= 0:
+                return
+            path.unlink(missing_ok=True)
+            excess -= size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,16 +113,11 @@ class CachedSource:
     source: Source
     cache: DiskCache
     content: str
-    _written: list[int] = field(default_factory=lambda: [1 << 62], init=False, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @property
     def shown(self) -> str:
         """The source's."""
         return self.source.shown
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (self.source, self.cache, self.content)
 
     def read(self, name: str) -> bytes:
         """Not kept: what is read whole may change (a manifest)."""
@@ -73,64 +125,17 @@ class CachedSource:
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
         """Kept copies, and the rest from the source in one call; see `Source`."""
-        found = [self._kept(item) for item in ranges]
+        keys = [key_of(self.content, *item) for item in ranges]
+        found = [self.cache.get(key) for key in keys]
         missing = [i for i, data in enumerate(found) if data is None]
         if missing:
             fetched = self.source.read_ranges([ranges[i] for i in missing])
             for i, data in zip(missing, fetched, strict=True):
-                self._keep(ranges[i], data)
+                self.cache.put(keys[i], data)
                 found[i] = data
         return [data for data in found if data is not None]
 
-    def _file(self, item: ByteRange) -> Path:
-        key = hashlib.sha256(f"{self.content}\n{item.name}\n{item.start}\n{item.stop}".encode()).hexdigest()
-        return Path(self.cache.folder) / key[:2] / key[2:]
 
-    def _kept(self, item: ByteRange) -> bytes | None:
-        file = self._file(item)
-        try:
-            data = file.read_bytes()
-            os.utime(file)
-        except FileNotFoundError:
-            return None
-        payload = data[CRC_BYTES:]
-        whole = len(payload) == item.stop - item.start
-        if whole and google_crc32c.value(payload).to_bytes(CRC_BYTES, "little") == data[:CRC_BYTES]:
-            return payload
-        return None
-
-    def _keep(self, item: ByteRange, data: bytes) -> None:
-        file = self._file(item)
-        temporary = Path(self.cache.folder) / f".{uuid.uuid4().hex}"
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(google_crc32c.value(data).to_bytes(CRC_BYTES, "little") + data)
-            os.replace(temporary, file)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            asked = f"keep what was read in {self.cache.folder}"
-            raise UserError(asked, str(error), "give a folder that can be written, or a smaller bound") from error
-        with self._lock:
-            self._written[0] += len(data)
-            if self._written[0] > self.cache.max_bytes // SLACK:
-                self._written[0] = 0
-                self._shrink()
-
-    def _shrink(self) -> None:
-        """Remove what was not read for longest, until a twentieth of the bound is free."""
-        entries = []
-        for path in Path(self.cache.folder).rglob("*"):
-            with suppress(FileNotFoundError):
-                if path.is_file():
-                    stat = path.stat()
-                    entries.append((stat.st_mtime_ns, stat.st_size, path))
-        excess = sum(size for _, size, _ in entries) - self.cache.max_bytes * (SLACK - 1) // SLACK
-        for _, size, path in sorted(entries):
-            if excess <= 0:
-                return
-            path.unlink(missing_ok=True)
-            excess -= size
-
-
-def _reopen(source: Source, cache: DiskCache, content: str) -> CachedSource:
-    return CachedSource(source=source, cache=cache, content=content)
+def key_of(*parts: object) -> str:
+    """The key of what these parts, none of which holds a line break, name together: 64 hex digits."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

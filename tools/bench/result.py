@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from trainer.provenance import commit, device_name, versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def options(name: str, doc: str) -> argparse.Namespace:
-    """`--quick`, `--json PATH` (default: the kept result, or with `--quick` nothing) and `--data DIR`."""
+def options(
+    name: str, doc: str, more: Callable[[argparse.ArgumentParser], object] = lambda _: None
+) -> argparse.Namespace:
+    """`--quick`, `--json PATH` (default: the kept result, with `--quick` none), `--data DIR`; and what `more` adds."""
     parser = argparse.ArgumentParser(prog=f"python -m tools.bench.{name}", description=doc)
     parser.add_argument("--quick", action="store_true", help="a small size, to see that it runs; not kept")
     parser.add_argument("--json", type=Path, metavar="PATH", help=f"where the result goes (default: {name}.json)")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real problem sets")
+    more(parser)
     chosen = parser.parse_args()
     if chosen.json is None and not chosen.quick:
         chosen.json = RESULTS / f"{name}.json"

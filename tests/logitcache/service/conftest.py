@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from logitcache.service.access import Tokens
-from logitcache.service.catalogue import open_catalogue
+from logitcache.service.catalogue import Catalogue
 from logitcache.service.limits import Limits
 from logitcache.service.server import CacheServer
 from logitcache.store import Reader, open_cache
@@ -24,10 +24,12 @@ from tests.logitcache.store.plain_codecs import counting_codec
 SCRIPT = """
 import functools, sys
 from logitcache.service.run import run_server
+from logitcache.service.settings import Service
 from tests.logitcache.store.plain_codecs import counting_codec
 _, place, port = sys.argv
 ready = functools.partial(print, flush=True)
-raise SystemExit(not run_server([place], port=int(port), codec_factory=counting_codec, ready=ready))
+service = Service(port=int(port), reload_s=0.2)
+raise SystemExit(not run_server([place], service, codec_factory=counting_codec, ready=ready))
 """
 
 
@@ -71,7 +73,7 @@ def start(place: str) -> Iterator[Start]:
     servers: list[CacheServer] = []
 
     def serve(*, tokens: Tokens | None = None, limits: Limits = Limits(), tls: Any = None) -> Service:  # noqa: B008
-        caches = open_catalogue([place, f"other={place}"], codec_factory=counting_codec)
+        caches = Catalogue([place, f"other={place}"], codec_factory=counting_codec)
         scheme = "grpc" if tls is None else "grpc+tls"
         server = CacheServer(f"{scheme}://127.0.0.1:0", caches, tokens=tokens, limits=limits, tls=tls)
         servers.append(server)

@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 
 from logitcache.errors import DamagedError, UserError
 from logitcache.service.access import Tokens
-from logitcache.service.catalogue import open_catalogue
+from logitcache.service.catalogue import Catalogue
 from logitcache.service.limits import Limits, Turns
 from logitcache.service.refusals import Refusal, from_flight
 from logitcache.service.requests import MAX_REQUEST_BYTES, RowsRequest, parse_request, to_bytes
 from logitcache.service.run import run_server
 from logitcache.service.server import CacheServer
+from logitcache.service.settings import Service as Settings
 from logitcache.store import open_cache
 from tests.logitcache.service.conftest import Service, Start
 from tests.logitcache.store.plain_codecs import counting_codec, plain_codec
@@ -163,7 +164,7 @@ def test_it_is_read_only(service: Service) -> None:
 
     assert "serves caches to read" in str(refusal(put))
     _, reader = client(service).do_exchange(descriptor)
-    assert "serves caches to read" in str(refusal(reader.read_all))
+    assert "a request" in str(refusal(reader.read_all))
 
 
 def test_tokens_open_what_they_name(start: Start, token_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,31 +232,37 @@ def test_a_token_file_that_is_none(tmp_path: Path, text: str) -> None:
 def test_what_may_not_be_served(place: str, tmp_path: Path, free_port: int) -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
         with pytest.raises(UserError, match="give --tokens"):
-            run_server([place], host=host, port=free_port)
+            run_server([place], Settings(host=host, port=free_port))
     with pytest.raises(UserError, match="a port"):
-        run_server([place], port=70_000)
+        run_server([place], Settings(port=70_000))
     with pytest.raises(UserError, match="no identity"):
-        run_server([str(tmp_path)], port=free_port)
+        run_server([str(tmp_path)], Settings(port=free_port))
     with pytest.raises(UserError, match="served already"):
-        open_catalogue([place, place])
+        Catalogue([place, place])
     with pytest.raises(UserError, match="a name for a cache"):
-        open_catalogue([f".hidden={place}"])
+        Catalogue([f".hidden={place}"])
     with pytest.raises(UserError, match="the URL where the cache lies"):
-        open_catalogue(["grpc://127.0.0.1:1/cache"])
-    with pytest.raises(UserError, match="none is named"):
-        open_catalogue([])
+        Catalogue(["grpc://127.0.0.1:1/cache"])
+    with pytest.raises(UserError, match="no cache and no teacher"):
+        run_server([], Settings(port=free_port))
+    with pytest.raises(UserError, match="no such folder"):
+        Catalogue([f"{tmp_path}/nothing/*"])
+    with pytest.raises(UserError, match="free HOST:PORT"):
+        run_server([place], Settings(port=0, metrics="127.0.0.1:none"))
+    with pytest.raises(UserError, match="certificate and key"):
+        Settings(tls_key=tmp_path / "key.pem")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", free_port))
         taken.listen()
         with pytest.raises(UserError, match="another --port"):
-            run_server([place], port=free_port)
+            run_server([place], Settings(port=free_port))
 
 
 def test_a_damaged_cache_is_an_error_that_names_no_object(
     world: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.build(str(tmp_path / "cache"), units=1)
-    server = CacheServer("grpc://127.0.0.1:0", open_catalogue([str(tmp_path / "cache")], codec_factory=counting_codec))
+    server = CacheServer("grpc://127.0.0.1:0", Catalogue([str(tmp_path / "cache")], codec_factory=counting_codec))
     service = Service(place=str(tmp_path / "cache"), location=f"grpc://127.0.0.1:{server.port}")
     reader = service.remote("topk")
     assert reader.codec is not None
@@ -294,7 +301,7 @@ def test_the_queue_is_bounded() -> None:
     with turns.turn():
         waiting = threading.Thread(target=wait)
         waiting.start()
-        while not turns._waiting:
+        while not turns.waiting:
             time.sleep(0.001)
         with pytest.raises(Refusal, match="busy"), turns.turn():
             refused.append("was given a turn")
@@ -302,8 +309,29 @@ def test_the_queue_is_bounded() -> None:
     assert refused == []
 
 
+def test_who_came_first_is_served_first_and_none_is_served_after_the_end() -> None:
+    turns, served = Turns(Limits(streams=1, queue_s=5.0)), []
+
+    def wait(number: int) -> None:
+        with suppress(Refusal), turns.turn():
+            served.append(number)
+            if number == 3:
+                turns.close()
+
+    threads = [threading.Thread(target=wait, args=(number,)) for number in range(6)]
+    with turns.turn():
+        for number, thread in enumerate(threads):
+            thread.start()
+            while turns.waiting <= number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert served == [0, 1, 2, 3]
+    assert turns.drain()
+
+
 def test_a_codec_that_cannot_count_is_sent_decoded(place: str) -> None:
-    server = CacheServer("grpc://127.0.0.1:0", open_catalogue([place], codec_factory=plain_codec))
+    server = CacheServer("grpc://127.0.0.1:0", Catalogue([place], codec_factory=plain_codec))
     url = f"grpc://127.0.0.1:{server.port}/cache"
     with pytest.raises(UserError, match="open it with decoded=True"):
         open_cache(url, targets="topk", codec_factory=plain_codec).read([0])

@@ -16,7 +16,8 @@ import pytest
 from logitcache.codecs import codec_from_config
 from logitcache.errors import DamagedError, IdentityError, UserError
 from logitcache.store import DiskCache, Reader, create, remote, verify
-from logitcache.store.place import ByteRange, open_place, redact
+from logitcache.store.disk_cache import key_of
+from logitcache.store.place import open_place, redact
 from tests.logitcache.store.conftest import World
 from tests.logitcache.store.plain_codecs import plain_codec
 from tools.bench.loopback import Answer, Gate, HalfBody, files, s3, serve
@@ -188,10 +189,9 @@ def test_a_disk_cache_saves_requests_stays_bounded_and_heals(world, server, tmp_
         if file.is_file():
             file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert equal(hidden_of(fresh()), expected(world))
-    source = fresh().source
     rng = np.random.default_rng(0)
     for i in range(60):
-        source._keep(ByteRange(f"made-up-{i}", 0, 50_000), rng.bytes(50_000))
+        cache.put(key_of("made up", i), rng.bytes(50_000))
     total = sum(path.stat().st_size for path in Path(cache.folder).rglob("*") if path.is_file())
     assert total <= cache.max_bytes * 1.05
 
