@@ -5,7 +5,10 @@
 
 `<!-- goals: NAME -->` to `<!-- end -->` holds the goals of tools/bench/results/NAME.json: what was asked, what was
 measured, whether it holds, and on what. `<!-- demo -->` holds the grid of the kept report of `make demo`,
-`<!-- paper -->` the FLOPs of the paper's steps, `<!-- break-even -->` from when on a cache pays.
+`<!-- paper -->` the FLOPs of the paper's steps, `<!-- break-even -->` from when on a cache pays,
+`<!-- equal-flops: NAME -->` the budgets and crossings of tools/studies/results/NAME.json.
+
+`trainer/planning/tiers.json`, what planning needs of the codecs' figures, is made anew and checked with them.
 """
 
 from __future__ import annotations
@@ -14,16 +17,23 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trainer.budget_report import budgets_table, crossings_table
+from trainer.budget_report import facts as equal_flops_facts
 from trainer.planning.report import BREAK_EVEN_HEADER, break_even_rows
+from trainer.planning.storage import PEAKED, PLAIN, TIERS
 from trainer.report import cells_table, facts, markdown_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
+STUDIES = ROOT / "tools" / "studies" / "results"
 _BLOCK = re.compile(
-    r"(<!-- (?:goals: (?P<name>[a-z_]+)|(?P<kind>demo|paper|break-even)) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+    r"(<!-- (?P<kind>goals|demo|paper|break-even|equal-flops)(?:: (?P<name>[a-z0-9_]+))? -->\n)"
+    r".*?(?P<end><!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -31,8 +41,7 @@ def render(path: Path) -> str:
     """A document's text with every table made anew."""
 
     def table(found: re.Match[str]) -> str:
-        name, kind = found["name"], found["kind"]
-        body = _goals(name, path.parent) if kind is None else _TABLES[kind](path.parent)
+        body = _TABLES[found["kind"]](path.parent, found["name"])
         return f"{found[1]}\n{body}\n\n{found['end']}"
 
     return _BLOCK.sub(table, path.read_text())
@@ -43,21 +52,21 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def _goals(name: str, folder: Path) -> str:
+def _goals(folder: Path, name: str) -> str:
     result = _read(name)
     rows = [[goal["what"], str(goal["goal"]), _measured(goal)] for goal in result["goals"]]
     device = result["device"]
     where = device if isinstance(device, str) else ", ".join(f"{key} {value}" for key, value in device.items())
-    source = f"{_link(name, folder)}: {where}; commit {result['commit']}."
+    source = f"{_link(_file(name), folder)}: {where}; commit {result['commit']}."
     return f"{markdown_table(['what', 'goal', 'measured'], rows)}\n\n{source}"
 
 
-def _demo(folder: Path) -> str:
+def _demo(folder: Path, _: None) -> str:
     report = _read("demo")
-    return f"{markdown_table(*cells_table(report))}\n\n{'. '.join(facts(report))}. {_link('demo', folder)}"
+    return f"{markdown_table(*cells_table(report))}\n\n{'. '.join(facts(report))}. {_link(_file('demo'), folder)}"
 
 
-def _paper(folder: Path) -> str:
+def _paper(folder: Path, _: None) -> str:
     result = _read("paper_flops")
     header = ["teacher", "tokens"]
     for convention in ("paper", "ledger"):
@@ -71,19 +80,57 @@ def _paper(folder: Path) -> str:
         rows.append(row)
     config = result["config"]
     about = f"TFLOPs a step: {config['student']}, {config['batch']} sequences, {config['prompt_tokens']} prompt tokens"
-    return f"{markdown_table(header, rows)}\n\n{about}. {_link('paper_flops', folder)}"
+    return f"{markdown_table(header, rows)}\n\n{about}. {_link(_file('paper_flops'), folder)}"
 
 
-def _break_even(folder: Path) -> str:
+def _break_even(folder: Path, _: None) -> str:
     result = _read("break_even")
     case = result["config"]
     about = f"{case['teacher']} to {case['student']}, {case['problems']} problems, {case['prompt_tokens']} + "
     about += f"{case['completion_tokens']} tokens, {case['sequences']} sequences a step"
     table = markdown_table(BREAK_EVEN_HEADER, break_even_rows(result["figures"]))
-    return f"{table}\n\n{about}. {_link('break_even', folder)}"
+    return f"{table}\n\n{about}. {_link(_file('break_even'), folder)}"
 
 
-_TABLES = {"demo": _demo, "paper": _paper, "break-even": _break_even}
+def _equal_flops(folder: Path, name: str) -> str:
+    file = STUDIES / f"{name}.json"
+    if not file.exists():
+        return (
+            f"No result is kept: `python -m tools.studies.equal_flops {name.removeprefix('equal_flops_')}` makes one."
+        )
+    report = json.loads(file.read_text())
+    parts = [markdown_table(*budgets_table(report)), f"![quality over FLOPs]({name}.png)"]
+    parts += [
+        markdown_table(*crossings_table(report)),
+        f"{'. '.join(equal_flops_facts(report))}. {_link(file, folder)}",
+    ]
+    return "\n\n".join(parts)
+
+
+_TABLES: dict[str, Callable[[Path, Any], str]] = {
+    "goals": _goals,
+    "demo": _demo,
+    "paper": _paper,
+    "break-even": _break_even,
+    "equal-flops": _equal_flops,
+}
+
+
+def tiers() -> str:
+    """Of the codecs' figures, what planning needs: our own tiers, their bytes and their gradients' errors."""
+    result = _read("codecs")
+    errors = (f"student_{direction}_gradient_relative_error" for direction in ("forward", "reverse"))
+    wanted = ("bytes_per_token", "kept_once_bytes", *errors)
+    figures = {
+        distribution: {
+            tier: {name: found[name] for name in wanted}
+            for tier, found in result["figures"][distribution].items()
+            if isinstance(found, dict) and "kept_once_bytes" in found  # a peer's format keeps nothing once
+        }
+        for distribution in (PLAIN, PEAKED)
+    }
+    config = {name: result["config"][name] for name in ("teacher", "width", "vocab_size")}
+    return json.dumps({"commit": result["commit"], "config": config, "figures": figures}, indent=2) + "\n"
 
 
 def _measured(goal: dict[str, Any]) -> str:
@@ -93,23 +140,32 @@ def _measured(goal: dict[str, Any]) -> str:
 
 
 def _read(name: str) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    result: dict[str, Any] = json.loads(_file(name).read_text())
     return result
 
 
-def _link(name: str, folder: Path) -> str:
-    return f"[{name}.json]({os.path.relpath(RESULTS / f'{name}.json', folder)})"
+def _file(name: str) -> Path:
+    return RESULTS / f"{name}.json"
+
+
+def _link(file: Path, folder: Path) -> str:
+    return f"[{file.name}]({os.path.relpath(file, folder)})"
+
+
+def rendered() -> dict[Path, str]:
+    """What every file that is rendered should hold."""
+    return {**{path: render(path) for path in documents()}, ROOT / "trainer" / "planning" / TIERS: tiers()}
 
 
 def main() -> int:
     """Rewrite, or with `--check` only compare."""
-    stale = [path for path in documents() if path.read_text() != render(path)]
+    stale = {path: text for path, text in rendered().items() if not path.exists() or path.read_text() != text}
     if "--check" in sys.argv:
         for path in stale:
             print(f"{path.relative_to(ROOT)} differs from its results; run python -m tools.render", file=sys.stderr)
         return int(bool(stale))
-    for path in stale:
-        path.write_text(render(path))
+    for path, text in stale.items():
+        path.write_text(text)
     return 0
 
 

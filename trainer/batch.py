@@ -45,6 +45,7 @@ class Batch:
         position_ids: int64[T], restarting at 0 with each sequence.
         sequence_lengths: rows of each sequence; they add up to T.
         rows: int64[R], the packed rows that predict completion tokens.
+        next_ids: int64[R], those tokens: what the text goes on with after each of `rows`.
         targets: the teacher's distributions of those R rows.
         sample_ids: of the B sequences, to name them when something goes wrong.
     """
@@ -53,6 +54,7 @@ class Batch:
     position_ids: Tensor
     sequence_lengths: tuple[int, ...]
     rows: Tensor
+    next_ids: Tensor
     targets: Targets
     sample_ids: tuple[str, ...]
 
@@ -111,6 +113,7 @@ def collate(scored: Sequence[ScoredSequence], head: TeacherHead | None, device: 
         position_ids=to_torch(np.concatenate([np.arange(length) for length in lengths]), device),
         sequence_lengths=lengths,
         rows=to_torch(rows.astype(np.int64), device),
+        next_ids=to_torch(np.concatenate([sequence.completion_ids for sequence in sequences]).astype(np.int64), device),
         targets=_targets([item.targets for item in scored], head, device),
         sample_ids=tuple(sequence.sample_id for sequence in sequences),
     )

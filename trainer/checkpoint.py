@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from logitcache.errors import UserError, require
 from logitcache.store.local import flush
+from trainer.distributed import ALONE, Ranks, collected, like
 from trainer.runs import write_json
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -47,11 +48,13 @@ class Checkpoints:
         directory: holds them and nothing else; made when the first is written.
         every: steps between two.
         keep: how many stay.
+        ranks: that train together. The first one writes, whole tensors that it gathers; all of them read.
     """
 
     directory: Path
     every: int
     keep: int = 2
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "--checkpoint-every, at least 1", self.every)
@@ -68,17 +71,21 @@ class Checkpoints:
     def save(
         self, steps_done: int, model: nn.Module, optimizer: torch.optim.Optimizer, parts: Mapping[str, Stateful]
     ) -> None:
-        """Write one and drop the oldest.
+        """Write one and drop the oldest. All ranks call it.
 
         Raises:
             UserError: it cannot be written (a full disk); those written before are still there.
         """
         target, partial = self._of(steps_done), self.directory / ".partial"
+        weights = collected(((name, weight.detach()) for name, weight in _trained(model).items()), self.ranks)
+        moments = collected(_moments(model, optimizer), self.ranks)
+        if not self.ranks.first:
+            return
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            save_file(_weights(model), partial / MODEL)
-            save_file(_moments(model, optimizer), partial / OPTIMIZER)
+            save_file(weights, partial / MODEL)
+            save_file(moments, partial / OPTIMIZER)
             write_json(partial / STATE, {name: part.state() for name, part in parts.items()})
             for path in (partial / MODEL, partial / OPTIMIZER, partial):
                 flush(path)
@@ -128,21 +135,19 @@ class Checkpoints:
         return [int(path.name.removeprefix("step-")) for path in self.directory.glob("step-*")]
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Each parameter once: tied ones are one."""
-    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, each parameter once: tied ones are one."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{field}:{name}": value.contiguous()
-        for name, parameter in model.named_parameters()
-        for field, value in optimizer.state.get(parameter, {}).items()
-    }
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in _trained(model).items():
+        for field, value in optimizer.state.get(parameter, {}).items():
+            yield f"{field}:{name}", value
 
 
 def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = _trained(model)
     if parameters.keys() != weights.keys():
         raise ValueError("it is of another model")
     with torch.no_grad():
@@ -151,7 +156,7 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = _trained(model)
     for key, value in moments.items():
         field, name = key.split(":", 1)
         parameter = parameters[name]
@@ -163,7 +168,7 @@ def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: M
 def _fitting(name: str, value: Tensor, parameter: Tensor) -> Tensor:
     if value.shape != parameter.shape:
         raise ValueError(f"{name} is {list(value.shape)}, not {list(parameter.shape)}")
-    return value
+    return like(parameter, value)
 
 
 def remove_leftovers(directory: Path) -> None:

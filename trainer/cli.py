@@ -15,6 +15,7 @@ from logitcache.console import answer, leave, run_command
 from logitcache.prompts import PromptStyle
 from logitcache.scoring import Sampling
 from trainer.planning.case import Aim, Case
+from trainer.policy.settings import PolicyTraining, RewardKind, Surrogate
 from trainer.settings import Prefix, Training
 from trainer.watch import Watch
 
@@ -22,6 +23,8 @@ app = App(name="trainer", help=__doc__.splitlines()[0], version_flags=[])
 
 RUN = Training()
 CASE = Case()
+POLICY = PolicyTraining()
+SURROGATE = Surrogate()
 PROMPT_STYLE = PromptStyle()
 
 
@@ -59,11 +62,13 @@ def distill(
     student_share: float = 0.5,
     forward_weight: str = "1.0",
     teacher: str | None = None,
+    generator: Literal["transformers", "vllm"] = "transformers",
     training: Annotated[Training, Parameter(name="*")] = RUN,
     temperature: float = 1.0,
     top_p: float = 0.95,
     top_k: int = 20,
     targets: str | None = None,
+    cross_entropy_share: float = 0.0,
     curriculum: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (),
     entropy_floor: str = "50%",
     check_every: int = 50,
@@ -82,6 +87,9 @@ def distill(
     The same command with the same --out goes on from the newest checkpoint (or from the start, if there is none) and
     ends as if it had never been killed; another configuration there is refused.
 
+    From the cache it trains on several processes too: `torchrun --nproc-per-node 2 -m trainer.cli distill ...` shards
+    text, weights and optimizer over them (FSDP2) and takes the same steps, to rounding.
+
     Example: trainer distill runs/demo/cache --student runs/student --out runs/forward --steps 100
 
     Args:
@@ -92,13 +100,17 @@ def distill(
         student_share: mixed prefixes: the student's share of each step's sequences.
         forward_weight: 1 is forward KL, 0 reverse KL, between them a linear mix; 1.0:0.2@100 goes from 1.0 to 0.2 over
             steps 0 to 100.
-        teacher: the model that built the cache, to score what the student writes; for student and mixed prefixes.
+        teacher: the model that built the cache, to score what the student writes; for student and mixed prefixes. Or
+            a served one, `grpc://HOST:PORT#NAME` (see `logitcache serve`).
+        generator: the engine that the student writes with: transformers, or vllm in this process.
         training: how it is trained.
         temperature: student prefixes: sampling temperature.
         top_p: student prefixes: nucleus.
         top_k: student prefixes: likeliest tokens to draw from.
         targets: the tier to train from, by name or kind: hidden and full are exact, topk is coarse (and named so),
             sampled serves forward KL alone. By default the first of these that the cache has.
+        cross_entropy_share: of the loss, for the cross-entropy of the cached text itself: 0 none, 1 nothing else (plain
+            fine-tuning). Between them it costs a second pass through the student's head. Teacher prefixes only.
         curriculum: windows in place of --window, ascending, such as `--curriculum 128 256 512`: the next one is taken
             while the entropy of what the student writes on held-out prompts is at or above the floor.
         entropy_floor: in nats per token (0.3), or a share of the entropy before the first step (50%).
@@ -111,6 +123,7 @@ def distill(
     """
     from logitcache.identity import resolve_model
     from trainer.curriculum import CurriculumPlan, parse_floor
+    from trainer.distributed import joined
     from trainer.recipes.distill import run_distill
     from trainer.schedules import WeightSchedule
 
@@ -118,23 +131,28 @@ def distill(
     if curriculum:
         floor = parse_floor(entropy_floor)
         plan = CurriculumPlan(lengths=curriculum, floor=floor, check_every=check_every, patience=patience)
-    result = run_distill(
-        cache_url=cache,
-        student_dir=resolve_model(student),
-        out=out,
-        prefix=prefix,
-        weights=WeightSchedule.parse(forward_weight),
-        teacher=teacher,
-        training=training,
-        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
-        targets=targets,
-        student_share=student_share,
-        curriculum=plan,
-        watch=watch,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-    )
-    answer(result, _described(result), as_json=json)
+    with joined() as ranks:
+        result = run_distill(
+            cache_url=cache,
+            student_dir=resolve_model(student),
+            out=out,
+            prefix=prefix,
+            weights=WeightSchedule.parse(forward_weight),
+            teacher=teacher,
+            training=training,
+            sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+            targets=targets,
+            student_share=student_share,
+            generator=generator,
+            curriculum=plan,
+            cross_entropy_share=cross_entropy_share,
+            watch=watch,
+            checkpoint_every=checkpoint_every,
+            keep=keep,
+            ranks=ranks,
+        )
+    if ranks.first:
+        answer(result, _described(result), as_json=json)
 
 
 @app.command
@@ -145,6 +163,7 @@ def grid(
     student: str,
     teacher: str,
     out: Path,
+    generator: Literal["transformers", "vllm"] = "transformers",
     training: Annotated[Training, Parameter(name="*")] = RUN,
     temperature: float = 1.0,
     top_p: float = 0.95,
@@ -152,6 +171,7 @@ def grid(
     students: int = 10,
     mixes: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (1.0, 0.0),
     targets: str | None = None,
+    checkpoint_every: int = 100,
     json: bool = False,
 ) -> None:
     """Train the four cells (teacher or student prefix, forward or reverse KL) from one start and report them.
@@ -159,13 +179,19 @@ def grid(
     Costs four times the steps of `distill`: two runs from the cache, two with the teacher in memory; with more --mixes,
     two runs for each. The trained students are measured and not kept.
 
+    The same command with the same --out goes on where a killed one stopped: cells that are done stay, the one that was
+    under way goes on from its newest checkpoint; another configuration there is refused.
+
     Example: trainer grid runs/demo/cache --student runs/demo/student --teacher embedded --out runs/demo
 
     Args:
         cache: a cache with hidden states, as `logitcache build` makes it.
         student: the model every cell starts from, a transformers model id or directory with the teacher's tokenizer.
-        teacher: the model that built the cache; loaded for the cells on student prefixes only.
-        out: a directory for the report (report.json, report.md, report.png), new or holding cache and student only.
+        teacher: the model that built the cache, or a served one, `grpc://HOST:PORT#NAME`; loaded for the cells on
+            student prefixes only.
+        out: a directory for the report (report.json, report.md, report.png): new, holding cache and student only, or of
+            this same grid.
+        generator: the engine that students write with: transformers, or vllm in this process.
         training: how every cell is trained.
         temperature: student prefixes: sampling temperature.
         top_p: student prefixes: nucleus.
@@ -173,12 +199,15 @@ def grid(
         students: how many students share the cache, for the amortised cost.
         mixes: forward weights to train with on either prefix, such as `--mixes 0 0.2 0.5 0.8 1`.
         targets: the tier to train from, see `distill`. Measuring needs hidden states or full vocabularies.
+        checkpoint_every: steps between checkpoints of the cell under way, three times the float32 weights in size.
         json: print one JSON object.
     """
     from logitcache.identity import resolve_model
+    from trainer.distributed import require_alone
     from trainer.recipes.grid import run_grid
     from trainer.report import table
 
+    require_alone("grid")
     report = run_grid(
         cache_url=cache,
         student_dir=resolve_model(student),
@@ -189,8 +218,84 @@ def grid(
         students=students,
         mixes=mixes,
         targets=targets,
+        generator=generator,
+        checkpoint_every=checkpoint_every,
     )
     answer(report, table(report), as_json=json)
+
+
+@app.command
+def grpo(
+    model: str,
+    /,
+    *,
+    problems: str,
+    out: Path,
+    reward: RewardKind = RewardKind.MATH,
+    generator: Literal["transformers", "vllm"] = "transformers",
+    training: Annotated[PolicyTraining, Parameter(name="*")] = POLICY,
+    surrogate: Annotated[Surrogate, Parameter(name="*")] = SURROGATE,
+    max_new_tokens: int = 1024,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    style: Annotated[PromptStyle, Parameter(name="*")] = PROMPT_STYLE,
+    stop_tokens: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    watch: tuple[Watch, ...] = (),
+    checkpoint_every: int = 100,
+    keep: int = 2,
+    json: bool = False,
+) -> None:
+    """Train a model by GRPO on verifiable answers, from any checkpoint, such as a distilled student.
+
+    A step costs --prompts times --group answers, and for each --updates a forward and backward over those that were
+    better or worse than their group. With --kl-weight, a frozen copy of the model reads them too.
+
+    The same command with the same --out goes on from the newest checkpoint (or from the start, if there is none) and
+    ends as if it had never been killed; another configuration there is refused. Measure with `trainer evaluate`.
+
+    Example: trainer grpo runs/forward/student --problems train.jsonl --out runs/forward-grpo --steps 200
+
+    Args:
+        model: a transformers model id or directory of a causal language model; `embedded` is SmolLM2-135M-Instruct.
+        problems: with answers, as for `trainer evaluate`.
+        out: a directory for the trained model (student/), its metrics, checkpoints and result: new, or of this same
+            run.
+        reward: math (equal to the known answer, by math-verify) or exact (the known answer letter by letter, in the
+            last box or as the last word).
+        generator: the engine that answers are written with: transformers, or vllm in this process.
+        training: how the policy is trained.
+        surrogate: what is minimised.
+        max_new_tokens: of an answer.
+        temperature: of sampling, above 0; also divides the logits of the probabilities that are trained.
+        top_p: nucleus; below 1, or with --top-k, the text is drawn from another distribution than the one trained.
+        top_k: likeliest tokens to draw from; all by default.
+        style: how a problem is put to the model.
+        stop_tokens: that end an answer besides the model's own, such as `<|im_end|>` of a chat teacher.
+        watch: tensorboard or wandb, besides metrics.jsonl; may be given twice.
+        checkpoint_every: steps between checkpoints, each three times the float32 weights in size.
+        keep: checkpoints that stay, the newest.
+        json: print one JSON object.
+    """
+    from logitcache.identity import resolve_model
+    from trainer.recipes.grpo import described, run_grpo
+
+    result = run_grpo(
+        model_dir=resolve_model(model),
+        problems=problems,
+        out=out,
+        training=training,
+        surrogate=surrogate,
+        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k),
+        style=style,
+        reward=reward,
+        generator=generator,
+        stop_tokens=stop_tokens,
+        watch=watch,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+    )
+    answer(result, described(result), as_json=json)
 
 
 @app.command
@@ -317,11 +422,117 @@ def report(*runs: Path, out: Path, json: bool = False) -> None:
     answer(result, text, as_json=json)
 
 
+@app.command(name="equal-flops")
+def equal_flops(
+    cache: str,
+    /,
+    *,
+    student: str,
+    teacher: str,
+    budgets: Annotated[tuple[float, ...], Parameter(consume_multiple=True)],
+    out: Path | None = None,
+    mixes: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (1.0, 0.0),
+    seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0, 1, 2),
+    parts: int = 4,
+    students: int = 10,
+    training: Annotated[Training, Parameter(name="*")] = RUN,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    top_k: int = 20,
+    targets: str | None = None,
+    problems: str | None = None,
+    limit: int | None = None,
+    samples: int = 4,
+    max_new_tokens: int = 256,
+    style: Annotated[PromptStyle, Parameter(name="*")] = PROMPT_STYLE,
+    checkpoint_every: int = 100,
+    plan: bool = False,
+    flops_per_second: float | None = None,
+    price_per_hour: float | None = None,
+    json: bool = False,
+) -> None:
+    """Train every cell until a FLOP budget is spent, several seeds each, and report quality against FLOPs.
+
+    Costs the largest of --budgets for each cell and seed (twelve times, unless told otherwise), and the measuring: at
+    --parts points of every budget the held-out text, and the problems if there are any. One run up to the largest
+    budget serves the smaller ones: it is measured where they end. --plan says what it comes to and trains nothing.
+
+    The same command with the same --out keeps the runs that are done and goes on with the one that was killed.
+
+    Example: trainer equal-flops runs/demo/cache --student runs/demo/student --teacher embedded --budgets 1e12 2e12
+    --out runs/equal
+
+    Args:
+        cache: a cache with hidden states, as `logitcache build` makes it.
+        student: the model every run starts from, a transformers model id or directory with the teacher's tokenizer.
+        teacher: the model that built the cache; loaded for student prefixes only.
+        budgets: FLOPs of training one student (rollouts and live scoring included, measuring not), one or more.
+        out: a directory for the report (equal_flops.json, .md, .png) and the runs: new, or of this same study.
+        mixes: forward weights, each on teacher and on student prefixes: 1 is forward KL, 0 reverse KL.
+        seeds: of order and sampling, a run of every cell for each.
+        parts: each budget is measured at so many equal parts of it.
+        students: how many students share the cache, for the amortised cost.
+        training: how every run is trained; --budgets and --seeds stand for --steps and --seed.
+        temperature: of what students write.
+        top_p: nucleus.
+        top_k: likeliest tokens to draw from.
+        targets: the tier to train from, see `distill`. Measuring needs hidden states or full vocabularies.
+        problems: a problem set with answers to score the student on, see `evaluate`; none if not given.
+        limit: the first so many of them.
+        samples: answers to each.
+        max_new_tokens: of an answer.
+        style: how a problem is put.
+        checkpoint_every: steps between checkpoints of the run under way, three times the float32 weights in size.
+        plan: predict steps, FLOPs and time from the cache's mean lengths, and stop.
+        flops_per_second: for --plan: what this machine achieves at this work, as a finished study reports it.
+        price_per_hour: of this machine, for the money.
+        json: print one JSON object.
+    """
+    from logitcache.errors import UserError
+    from logitcache.identity import resolve_model
+    from trainer.budget_report import described
+    from trainer.planning.report import study_text
+    from trainer.planning.study import Study, whole_flops
+    from trainer.recipes.equal_flops import run_equal_flops
+    from trainer.recipes.equal_flops_setup import Questions, Setup, plan_equal_flops
+
+    study = Study(
+        budgets=whole_flops(budgets),
+        mixes=mixes,
+        seeds=seeds,
+        parts=parts,
+        students=students,
+        price_per_hour=price_per_hour,
+    )
+    questions = None
+    if problems is not None:
+        questions = Questions(source=problems, limit=limit, samples=samples, max_new_tokens=max_new_tokens, style=style)
+    setup = Setup(
+        cache_url=cache,
+        student_dir=resolve_model(student),
+        teacher=teacher,
+        training=training,
+        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
+        targets=targets,
+        questions=questions,
+        checkpoint_every=checkpoint_every,
+    )
+    if plan:
+        found = plan_equal_flops(setup, study, flops_per_second=flops_per_second)
+        answer(found, study_text(found), as_json=json)
+        return
+    if out is None:
+        raise UserError("equal-flops", "no place for its runs", "give --out, or --plan to see what it comes to")
+    report = run_equal_flops(setup, study, out)
+    answer(report, described(report), as_json=json)
+
+
 @app.command
 def plan(
     case: Annotated[Case, Parameter(name="*")] = CASE,
     *,
     tiers: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("topk:p=5e-4", "hidden:max-kl=2e-3"),
+    budgets: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (),
     plot: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -334,16 +545,18 @@ def plan(
     Args:
         case: what is planned.
         tiers: of a cache, to compare, each as for `logitcache build --targets`.
+        budgets: FLOPs for one student to compare the cells at, as in `equal-flops`: what each pays for.
         plot: a PNG of the FLOPs of a student against how many share the cache.
         json: print one JSON object.
     """
     from trainer.planning.plan import make_plan
     from trainer.planning.report import draw_break_even, plan_text
+    from trainer.planning.study import whole_flops
     from trainer.report import require_plotting
 
     if plot is not None:
         require_plotting()
-    found = make_plan(case, tiers)
+    found = make_plan(case, tiers, whole_flops(budgets))
     if plot is not None:
         draw_break_even(found, plot)
     answer(found, plan_text(found), as_json=json)
@@ -383,7 +596,7 @@ def advise(
 
 def main() -> None:
     """Entry point."""
-    after = "run it again: distill and evaluate go on from what was kept; a grid starts again in another --out"
+    after = "run it again: distill, grpo, grid, equal-flops and evaluate go on from what was kept"
     leave(run_command(app, after_interrupt=after))
 
 

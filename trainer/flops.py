@@ -13,7 +13,18 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from logitcache.flops import ModelShape, backward, body, forward, generate, recomputation
+from logitcache.flops import (
+    ModelShape,
+    adapters,
+    backward,
+    body,
+    forward,
+    generate,
+    head,
+    projections,
+    recomputation,
+)
+from trainer.settings import Lora
 
 
 class Packed(Protocol):
@@ -43,6 +54,8 @@ class Phase(StrEnum):
     STUDENT_BACKWARD = "student_backward"
     HEAD_REPROJECTION = "head_reprojection"
     """The teacher's logits from its hidden states, cached or fresh."""
+    REFERENCE_FORWARD = "reference_forward"
+    """A frozen reference over what a policy wrote, its logits included: GRPO with a KL term."""
     EVALUATION = "evaluation"
     """Measuring: needed by no student, so in no cost of training."""
 
@@ -126,17 +139,22 @@ def add_training(
     teacher_head_flops: int,
     step: int,
     gradient_checkpointing: bool = False,
+    head_passes: int = 1,
+    lora: Lora | None = None,
 ) -> None:
     """A training step's rows for one batch: the student twice forward backwards, the teacher's logits once.
 
     The chunked and Triton divergences compute both sides' logits once and take the gradient in place, so the head's
     backward is two products, as everywhere else. With gradient checkpointing the backward holds the layers' second
-    forward too.
+    forward too. `head_passes` is how often the student's logits are made. With adapters, only they have a gradient.
     """
-    cost = forward(shape, batch.sequence_lengths, head_rows=batch.target_rows)
+    head_rows, tokens = head_passes * batch.target_rows, sum(batch.sequence_lengths)
+    thin = 0 if lora is None else adapters(shape, tokens, rank=lora.rank, matrices=lora.matrices)
+    frozen = 0 if lora is None else projections(shape, tokens) + head(shape, head_rows)
+    cost = forward(shape, batch.sequence_lengths, head_rows=head_rows) + thin
     ledger.add(Phase.STUDENT_FORWARD, cost, step=step)
-    again = recomputation(shape, batch.sequence_lengths) if gradient_checkpointing else 0
-    ledger.add(Phase.STUDENT_BACKWARD, backward(cost) + again, step=step)
+    again = recomputation(shape, batch.sequence_lengths) + thin if gradient_checkpointing else 0
+    ledger.add(Phase.STUDENT_BACKWARD, backward(cost, frozen=frozen) + again, step=step)
     ledger.add(Phase.HEAD_REPROJECTION, teacher_head_flops, step=step)
 
 

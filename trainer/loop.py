@@ -10,7 +10,7 @@ never was, bit for bit on one machine.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,10 +20,11 @@ from torch import Tensor
 from logitcache.errors import UserError
 from trainer.batch import Batch, teacher_head_flops
 from trainer.checkpoint import Checkpoints, Stateful
-from trainer.flops import FlopLedger, add_training
-from trainer.objectives import Objective, field_sums, known, names_of, step_mean
+from trainer.distributed import Ranks, whole
+from trainer.flops import FlopLedger, Phase, add_training
+from trainer.objectives import Objective, StepSize, known, step_mean
 from trainer.prefixes import PrefixSource
-from trainer.runs import MetricsLog
+from trainer.runs import MetricsLog, Unlogged
 from trainer.schedules import WeightSchedule
 from trainer.settings import Optimisation, Weighting
 from trainer.student import Student
@@ -53,7 +54,7 @@ def distill(
     objective: Objective,
     optimisation: Optimisation,
     ledger: FlopLedger,
-    metrics: MetricsLog,
+    metrics: MetricsLog | Unlogged,
     weights: WeightSchedule | None = None,
     weighting: Weighting = Weighting.TOKEN,
     check: Callable[[int, FlopLedger], Mapping[str, Any]] = lambda _step, _ledger: {},
@@ -62,6 +63,8 @@ def distill(
     on_step: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Trained:
     """Train `student` in place up to `optimisation.steps` steps, from the newest checkpoint if there is one.
+
+    Ends before that if the source does. On several ranks, all call it alike, each with its part of the text.
 
     Args:
         student: the model that learns.
@@ -81,9 +84,7 @@ def distill(
         UserError: a loss or gradient that is not finite (before the step it would have spoiled); a checkpoint that
             cannot be read or written.
     """
-    optimizer = torch.optim.AdamW(
-        student.parameters, lr=0.0, betas=optimisation.betas, weight_decay=optimisation.weight_decay, fused=True
-    )
+    optimizer, ranks = new_optimizer(student, optimisation), student.ranks
     trained = Trained()
     parts: dict[str, Stateful] = {
         "source": source,
@@ -99,47 +100,48 @@ def distill(
         checked = check(step, ledger)
         if weights is not None:
             objective = replace(objective, forward_weight=weights.at(step))
-        step_started = time.perf_counter()
+        step_started, spent = time.perf_counter(), ledger.by_phase()
         batches = source.draw(step, ledger)
         drawn_s = time.perf_counter() - step_started
-        step_rows = sum(batch.target_rows for batch in batches)
-        names = names_of(batches[0].targets)
-        sums = torch.zeros(1 + len(names), dtype=torch.float64)
+        size = StepSize.of(batches, ranks)
+        if size.micro_batches == 0:
+            break
+        names = objective.names(batches[0].targets)
+        sums = torch.zeros(len(names), dtype=torch.float64)
         for batch in batches:
-            out = objective(student.head_over(batch), batch.targets)
-            loss = step_mean(out.loss, batch, batches, weighting)
-            _require_finite("the loss", loss, step, [batch])
+            loss_R, batch_sums = objective.over(student.head_over(batch), batch)
+            loss = step_mean(loss_R, batch, size, weighting)
+            require_finite("the loss", loss, step, [batch])
             loss.backward()
-            sums += field_sums(out)
+            sums += batch_sums
             add_training(
                 ledger,
                 student.shape,
                 batch,
-                teacher_head_flops=teacher_head_flops(batch),
+                teacher_head_flops=0 if objective.cross_entropy_share == 1 else teacher_head_flops(batch),
                 step=step,
                 gradient_checkpointing=student.gradient_checkpointing,
+                head_passes=objective.head_passes,
+                lora=student.lora,
             )
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters, optimisation.max_grad_norm)
-        _require_finite("the gradient", grad_norm, step, batches)
-        rate = optimisation.rate.at(step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        rows = sum(batch.tokens for batch in batches)
+        for _ in range(size.micro_batches - len(batches)):
+            # All ranks gather sharded weights at once: one with fewer micro-batches goes along for nothing.
+            (0 * objective.over(student.head_over(batches[0]), batches[0])[0].sum()).backward()
+        grad_norm = take_step(student, optimizer, optimisation, step, batches)
+        add_other_ranks(ledger, ranks, before=spent, step=step)
         step_s = time.perf_counter() - step_started
-        trained.completion_tokens += step_rows
-        trained.rows += rows
+        trained.completion_tokens += size.target_rows
+        trained.rows += size.tokens
         trained.seconds += step_s
-        means = map(known, (sums / step_rows).tolist())
+        means = map(known, (ranks.gathered(sums).sum(0) / size.target_rows).tolist())
         line = {
             "step": step,
-            **dict(zip(("loss_nats", *names.values()), means, strict=True)),
-            "grad_norm": float(grad_norm),
-            "learning_rate": rate,
+            **dict(zip(names, means, strict=True)),
+            "grad_norm": grad_norm,
+            "learning_rate": optimisation.rate.at(step),
             "forward_weight": objective.forward_weight,
-            "completion_tokens": step_rows,
-            "rows": rows,
+            "completion_tokens": size.target_rows,
+            "rows": size.tokens,
             "draw_s": drawn_s,
             "step_s": step_s,
             "flops": ledger.marginal(),
@@ -153,7 +155,43 @@ def distill(
     return trained
 
 
-def _require_finite(what: str, value: Tensor, step: int, batches: list[Batch]) -> None:
+def add_other_ranks(ledger: FlopLedger, ranks: Ranks, *, before: Mapping[Phase, int], step: int) -> None:
+    """Add to this rank's ledger what the other ranks' have gained since it stood at `before`: then all hold the sum."""
+    if ranks.size == 1:
+        return
+    gained = torch.tensor([flops - before[phase] for phase, flops in ledger.by_phase().items()])
+    others = ranks.gathered(gained).sum(0) - gained
+    for phase, flops in zip(Phase, others.tolist(), strict=True):
+        if flops:
+            ledger.add(phase, flops, step=step)
+
+
+def new_optimizer(student: Student, optimisation: Optimisation) -> torch.optim.Optimizer:
+    """AdamW over what is trained; `take_step` sets its learning rate."""
+    return torch.optim.AdamW(
+        student.parameters, lr=0.0, betas=optimisation.betas, weight_decay=optimisation.weight_decay, fused=True
+    )
+
+
+def take_step(
+    student: Student, optimizer: torch.optim.Optimizer, optimisation: Optimisation, step: int, batches: Sequence[Batch]
+) -> float:
+    """Clip the gradient, take it at the step's learning rate, and forget it; its 2-norm before it was clipped.
+
+    Raises:
+        UserError: it is not finite, naming the batches' samples; the weights are as they were.
+    """
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters, optimisation.max_grad_norm))
+    require_finite("the gradient", grad_norm, step, batches)
+    for group in optimizer.param_groups:
+        group["lr"] = optimisation.rate.at(step)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(grad_norm)
+
+
+def require_finite(what: str, value: Tensor, step: int, batches: Sequence[Batch]) -> None:
+    """Raise UserError, naming the batches' samples, unless a scalar is finite."""
     if not bool(torch.isfinite(value)):
         samples = ", ".join(sample_id for batch in batches for sample_id in batch.sample_ids)
         raise UserError(

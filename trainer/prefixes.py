@@ -18,8 +18,9 @@ from logitcache.errors import UserError
 from logitcache.flops import ModelShape
 from logitcache.loader import Batches, Prefetch, SequenceReader, ShuffledOrder
 from logitcache.records import ScoredSequence, TokenSequence
-from logitcache.scoring import Generator, HiddenStateRequest, Prompt, Sampling, Scorer
+from logitcache.scoring import Generator, HiddenStateRequest, Prompt, Sampling, Scorer, score_counted
 from trainer.batch import Batch, TeacherHead, batches_of
+from trainer.distributed import ALONE, Ranks
 from trainer.flops import FlopLedger, add_rollout, add_scoring
 from trainer.settings import BatchPlan
 
@@ -32,7 +33,7 @@ class PrefixSource(Protocol):
     """
 
     def draw(self, step: int, ledger: FlopLedger) -> list[Batch]:
-        """The micro-batches of one step, together one batch of sequences."""
+        """The micro-batches of one step, together one batch of sequences; none once the source has ended."""
         ...
 
     def use_window(self, completion_tokens: int) -> None:
@@ -64,6 +65,7 @@ class CachedPrefixes:
         plan: how much text a step takes.
         seed: of the order.
         device: where batches go.
+        ranks: that share each batch; this one draws its part.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class CachedPrefixes:
         plan: BatchPlan,
         seed: int,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._batches = Batches(
             reader=reader,
@@ -82,6 +85,8 @@ class CachedPrefixes:
             sequences=plan.sequences,
             seed=seed,
             max_completion_tokens=plan.max_completion_tokens,
+            rank=ranks.rank,
+            ranks=ranks.size,
         )
         self._head, self._plan, self._device = head, plan, device
         self._position = 0
@@ -119,7 +124,7 @@ class CachedPrefixes:
 
 @dataclass(kw_only=True, eq=False)
 class OnPolicyPrefixes:
-    """The student's own text, written now and scored now by a teacher in memory.
+    """The student's own text, written now and scored now by a teacher, in memory or behind a server.
 
     Attributes:
         generator: the student, as it is at this step; scorer: the teacher.
@@ -156,14 +161,15 @@ class OnPolicyPrefixes:
         )
         self._drawn += 1
         rollouts = self.generator.generate(prompts, sampling)
-        targets = self.scorer.score(rollouts, [HiddenStateRequest()])
+        targets, passes = score_counted(self.scorer, rollouts, [HiddenStateRequest()])
         scored = [
             ScoredSequence(sequence=rollout, targets=kinds[0]) for rollout, kinds in zip(rollouts, targets, strict=True)
         ]
         prompt_tokens = [rollout.prompt_tokens for rollout in rollouts]
         new_tokens = [rollout.completion_tokens for rollout in rollouts]
         add_rollout(ledger, self.student_shape, prompt_tokens, new_tokens, step=step)
-        add_scoring(ledger, self.teacher_shape, [len(rollout) - 1 for rollout in rollouts], step=step)
+        scored_rows = [len(rollout) - 1 for rollout, times in zip(rollouts, passes, strict=True) for _ in range(times)]
+        add_scoring(ledger, self.teacher_shape, scored_rows, step=step)
         return batches_of(scored, self.head, self.device, self.plan.micro_batch_tokens)
 
     def use_window(self, completion_tokens: int) -> None:

@@ -88,7 +88,7 @@ def facts(report: Mapping[str, Any]) -> list[str]:
         f"{held_out['teacher_entropy_nats']:.3f}",
         f"cache: {cache['completion_tokens']} completion tokens by {cache['teacher']}, built with "
         f"{flop_text(sum(cache['flops'].values()))}; student: {report['student']['parameters'] / 1e6:.1f}M parameters",
-        f"device: {report['device']}; commit {report['commit']}; {report['run_s']:.0f} s in all",
+        f"device: {report['device']}; commit {report['commit']}; {report['run_s']:.0f} s since it was last started",
     ]
 
 

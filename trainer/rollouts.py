@@ -29,7 +29,11 @@ from logitcache.records import FinishReason, Origin, SampledTargets, ScoredSeque
 from logitcache.scoring import Generator, Prompt, Sampling
 from trainer.batch import collate, micro_batches
 from trainer.flops import FlopLedger, Phase
+from trainer.lora import merged_weights
 from trainer.student import Student
+
+_BLOCK_TOKENS = 128
+"""Of vLLM's blocks of keys and values on a CPU, of which it keeps one for itself; those on a GPU are smaller."""
 
 
 def reconciled_stop_ids(student: Student, teacher_ids: frozenset[int]) -> frozenset[int]:
@@ -87,45 +91,51 @@ class VLLMRollouts:
 
     Attributes:
         student: whose weights count.
-        engine: `logitcache.scorers.vllm_engine.VLLMEngine` over a model of the same shape.
+        engine: `logitcache.scorers.vllm_engine.VLLMEngine` over a model of the same shape, see `load_rollout_engine`.
     """
 
     student: Student
     engine: Any
 
-    @classmethod
-    def load(cls, student: Student, model_dir: Path, *, stop_ids: frozenset[int], **options: Any) -> VLLMRollouts:
-        """Start vLLM in the student's precision.
-
-        Args:
-            student: see `VLLMRollouts`.
-            model_dir: what the student was loaded from: its architecture and tokenizer.
-            stop_ids: what ends a completion.
-            options: of `load_vllm_engine`, such as the memory for keys and values.
-
-        Raises:
-            UserError: no vLLM, or a model it cannot load.
-        """
-        from logitcache.scorers.vllm_load import load_vllm_engine
-
-        dtype = str(student.precision).removeprefix("torch.")
-        engine = load_vllm_engine(model_dir, dtype=dtype, origin=Origin.STUDENT, **options)
-        # At every reload it warns of each module that has nothing to load.
-        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-        return cls(student=student, engine=replace(engine, stop_ids=stop_ids))
-
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[TokenSequence]:
         """See `Generator.generate`."""
-        weights = [(name, weight.detach()) for name, weight in self.student.model.named_parameters()]
+        if self.student.lora is None:
+            weights = [(name, weight.detach()) for name, weight in self.student.model.named_parameters()]
+        else:
+            weights = list(merged_weights(self.student.model, self.student.ranks).items())
         # vLLM's own in-place reload: checkpoint names, cast to the engine's precision, repacked for its kernels.
         self.engine.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         self.engine.engine.apply_model(_repack_head)
         found: list[TokenSequence] = self.engine.generate(prompts, sampling)
         return found
 
-    def close(self) -> None:
-        """Free the engine; it takes no further calls."""
-        self.engine.close()
+
+def load_rollout_engine(student: Student, model_dir: Path, *, sequences: int, tokens: int) -> Any:
+    """Start vLLM for `VLLMRollouts`, with memory for one step's rollouts: the rest of the device is the trainer's.
+
+    Args:
+        student: of the architecture and precision that vLLM is to run.
+        model_dir: what it was loaded from.
+        sequences: written at once; more than that wait for each other.
+        tokens: of the longest, prompt included.
+
+    Raises:
+        UserError: no vLLM or an unsupported one, or a model it cannot load.
+    """
+    from logitcache.scorers.vllm_load import load_vllm_engine
+
+    shape, blocks = student.shape, 1 + sequences * -(-tokens // _BLOCK_TOKENS)
+    token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * student.precision.itemsize
+    engine = load_vllm_engine(
+        model_dir,
+        dtype=str(student.precision).removeprefix("torch."),
+        origin=Origin.STUDENT,
+        context_tokens=tokens,
+        kv_cache_bytes=blocks * _BLOCK_TOKENS * token_bytes,
+    )
+    # At every reload it warns of each module that has nothing to load.
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+    return engine
 
 
 def _repack_head(model: Any) -> None:

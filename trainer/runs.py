@@ -113,3 +113,23 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+class Unlogged(AbstractContextManager["Unlogged"]):
+    """In place of a `MetricsLog`, keeps nothing: for ranks that are not the first."""
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Forget it."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing to cut."""
+
+    def clear(self) -> None:
+        """Nothing to forget."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to close."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from logitcache.errors import UserError
+from logitcache.errors import UserError, require
+from logitcache.flops import ADAPTED
 from trainer.schedules import Decay, LearningRate
 
 Backend = Literal["reference", "chunked", "native", "triton"]
@@ -25,7 +26,7 @@ class BatchPlan:
 
     sequences: int
     max_completion_tokens: int
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,29 @@ class Weighting(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Adapters that are trained in place of the weights (arXiv 2106.09685).
+
+    Attributes:
+        rank: r.
+        alpha: the adapters' products are multiplied by alpha / rank.
+        matrices: of every layer, of "q", "k", "v", "o", "gate", "up" and "down".
+        seed: of how they begin.
+    """
+
+    rank: int
+    alpha: int
+    matrices: tuple[str, ...] = ADAPTED
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "--lora-rank, at least 1", self.rank)
+        require(self.alpha >= 1, "--lora-alpha, at least 1", self.alpha)
+        known = bool(self.matrices) and set(self.matrices) <= set(ADAPTED)
+        require(known, f"--lora-matrices, of {', '.join(ADAPTED)}", ", ".join(self.matrices), "name one or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """How a student is trained, the same for every cell.
 
@@ -98,6 +122,9 @@ class Training:
         held_out_sequences: how many of those to measure on, at most.
         seed: of order and sampling.
         backend: that computes the divergences (reference, chunked, native, triton); by device if not given.
+        lora_rank: train adapters of this rank (LoRA, by peft) and leave the weights as they are; none if not given.
+        lora_alpha: adapters count alpha / rank times; twice the rank if not given.
+        lora_matrices: of every layer that get one: q, k, v, o, gate, up, down.
     """
 
     steps: int = 10
@@ -109,12 +136,15 @@ class Training:
     weighting: Weighting = Weighting.TOKEN
     gradient_checkpointing: bool = False
     kl_temperature: float = 1.0
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     precision: str = "bfloat16"
     held_out_share: float = 0.2
     held_out_sequences: int = 24
     seed: int = 0
     backend: Backend | None = None
+    lora_rank: int | None = None
+    lora_alpha: int | None = None
+    lora_matrices: tuple[str, ...] = ADAPTED
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "window", "micro_batch_tokens", "held_out_sequences"):
@@ -123,7 +153,7 @@ class Training:
                 raise UserError(f"{option} {getattr(self, name)}", "it is below 1", "ask for at least 1")
         if not 0 < self.held_out_share < 1:
             raise UserError(f"--held-out-share {self.held_out_share}", "not between 0 and 1", "try 0.2")
-        _ = self.optimisation  # valid once built
+        _ = self.optimisation, self.lora  # valid once built
 
     @property
     def plan(self) -> BatchPlan:
@@ -131,6 +161,14 @@ class Training:
         return BatchPlan(
             sequences=self.sequences, max_completion_tokens=self.window, micro_batch_tokens=self.micro_batch_tokens
         )
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters; None trains the weights themselves."""
+        if self.lora_rank is None:
+            return None
+        alpha = 2 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return Lora(rank=self.lora_rank, alpha=alpha, matrices=self.lora_matrices, seed=self.seed)
 
     @property
     def optimisation(self) -> Optimisation:

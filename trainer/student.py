@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,10 @@ from logitcache.console import quiet_transformers
 from logitcache.errors import UserError
 from logitcache.flops import ModelShape
 from trainer.batch import Batch
+from trainer.distributed import ALONE, Body, Ranks, shard
+from trainer.lora import adapt, merged_weights
 from trainer.packing import packed_sequences
+from trainer.settings import Lora
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -37,6 +40,9 @@ class Student:
         vocab_size: real tokens; the head's rows from there on are padding and carry no probability.
         precision: bfloat16 (autocast) or float32.
         gradient_checkpointing: whether each layer is run again in the backward pass instead of being kept.
+        lora: the adapters that are trained in place of the weights, which `model` holds already; None for none.
+        ranks: over which the weights are sharded; see `sharded`.
+        body: of a sharded model, what its forward goes through.
     """
 
     model: Any
@@ -44,6 +50,9 @@ class Student:
     vocab_size: int
     precision: torch.dtype = torch.bfloat16
     gradient_checkpointing: bool = False
+    lora: Lora | None = None
+    ranks: Ranks = ALONE
+    body: Body | None = None
 
     def __post_init__(self) -> None:
         if self.gradient_checkpointing:
@@ -73,12 +82,12 @@ class Student:
         The states are rounded to `precision`, in which the head's products are then taken.
         """
         with packed_sequences(self.model), self._autocast(), self._checkpointed():
-            states_1TD = self.model.get_decoder()(
+            states_1TD = (self.body or Body(self.model))(
                 input_ids=batch.input_ids[None],
                 position_ids=batch.position_ids[None],
                 sequence_lengths=batch.sequence_lengths,
                 use_cache=False,
-            ).last_hidden_state
+            )
         layer, config = self.model.get_output_embeddings(), self.model.config
         return LinearHead(
             hidden=states_1TD[0].index_select(0, batch.rows).to(self.precision),
@@ -107,16 +116,30 @@ class Student:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
 
+    def sharded(self, ranks: Ranks) -> Student:
+        """The same student with its weights sharded, in place, over ranks that all hold it alike; itself if alone."""
+        return self if ranks.size == 1 else replace(self, ranks=ranks, body=shard(self.model, ranks))
+
     def save(self, directory: Path) -> None:
-        """Write model and tokenizer to a new directory, which appears whole or not at all."""
+        """Write model and tokenizer to a new directory, which appears whole or not at all. All ranks call it."""
+        weights = None
+        if self.lora is not None or self.ranks.size > 1:
+            weights = merged_weights(self.model, self.ranks)
+        if not self.ranks.first:
+            return
         partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-        self.model.save_pretrained(partial)
+        self.model.save_pretrained(partial, state_dict=weights)
         self.tokenizer.save_pretrained(partial)
         partial.rename(directory)
 
 
 def load_student(
-    model_dir: Path, *, vocab_size: int, precision: str = "bfloat16", gradient_checkpointing: bool = False
+    model_dir: Path,
+    *,
+    vocab_size: int,
+    precision: str = "bfloat16",
+    gradient_checkpointing: bool = False,
+    lora: Lora | None = None,
 ) -> Student:
     """Load a model directory with float32 weights, on the GPU if torch sees one.
 
@@ -125,9 +148,11 @@ def load_student(
         vocab_size: the teacher's; a student has at least as many rows in its head.
         precision: of the matrix products, `bfloat16` or `float32`.
         gradient_checkpointing: see `Student`.
+        lora: adapters to train in place of the weights.
 
     Raises:
-        UserError: no such model, an unknown precision, or a head smaller than the vocabulary.
+        UserError: no such model, an unknown precision, a head smaller than the vocabulary, no peft for adapters, or a
+            model that has none of the matrices they are for.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -144,6 +169,8 @@ def load_student(
         raise UserError(
             f"a student for {vocab_size} tokens", f"its head has {rows} rows", "use the teacher's tokenizer"
         )
+    if lora is not None:
+        adapt(model, lora)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Evaluation mode: a divergence from fixed targets is taken without dropout on either side.
     return Student(
@@ -152,4 +179,5 @@ def load_student(
         vocab_size=vocab_size,
         precision=PRECISIONS[precision],
         gradient_checkpointing=gradient_checkpointing,
+        lora=lora,
     )

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from tools.render import documents, render
+from tools.render import rendered
 
 
-def test_every_table_in_prose_is_the_one_its_file_gives() -> None:
-    for path in documents():
-        assert path.read_text() == render(path), f"{path.name}: run python -m tools.render"
+def test_everything_rendered_is_what_its_results_give() -> None:
+    for path, text in rendered().items():
+        assert path.read_text() == text, f"{path.name}: run python -m tools.render"

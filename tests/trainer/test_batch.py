@@ -64,6 +64,7 @@ def test_rows_predict_exactly_the_completion(scored: list[ScoredSequence], head:
         rows += [start + row for row in range(length) if item.sequence.loss_mask[row]]
         start += length
     assert batch.rows.tolist() == rows
+    assert batch.next_ids.tolist() == [token for item in scored for token in item.sequence.completion_ids.tolist()]
     assert batch.target_rows == sum(item.sequence.completion_tokens for item in scored)
     assert batch.sample_ids == tuple(item.sequence.sample_id for item in scored)
 

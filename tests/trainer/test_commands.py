@@ -198,6 +198,9 @@ def test_held_out_problems_are_never_trained_on(grid: tuple[Path, Any, str], cac
     assert report["held_out"]["sequences"] == len(held_out) > 0
 
 
+OWN_TEXT = ["--cross-entropy-share", "0.5", "--prefix", "student", "--teacher"]
+
+
 def other_tokenizer(start: Path, tmp_path: Path) -> Path:
     from transformers import AutoTokenizer
 
@@ -239,6 +242,10 @@ def other_tokenizer(start: Path, tmp_path: Path) -> Path:
         ),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--curriculum", "8", "4"], "ascending windows"),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--curriculum", "8", "64"], "at most 12 tokens in the"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--window", "13"], "at most 12 tokens in the"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--cross-entropy-share", "2"], "got 2.0"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, *OWN_TEXT, t], "which teaches it nothing by itself"),
+        (lambda c, s, t, tmp: ["distill", c, "--student", s, "--lora-rank", "0"], "--lora-rank, at least 1"),
         (lambda c, s, t, tmp: ["distill", c, "--student", s, "--curriculum", "8", "--entropy-floor", "x"], "no number"),
         (lambda c, s, t, tmp: ["report", tmp / "no-run"], "no metrics.jsonl"),
         (lambda c, s, t, tmp: ["report"], "name the --out"),
@@ -264,7 +271,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def test_a_place_that_holds_something_else_is_left_alone(cache: Path, start: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    done = trainer("distill", cache, "--student", start, "--out", tmp_path)
+    done = trainer("distill", cache, "--student", start, "--out", tmp_path, "--window", "12")
     assert done.returncode == 2
     assert "it holds thesis.txt already" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]

@@ -81,6 +81,7 @@ def test_a_whole_training_step_agrees_with_torch(config: dict[str, Any], forward
         position_ids=torch.cat([torch.arange(length) for length in LENGTHS]),
         sequence_lengths=LENGTHS,
         rows=torch.arange(rows),
+        next_ids=torch.zeros(rows, dtype=torch.long),
         targets=LinearHead(hidden=torch.ones(rows, teacher_width), weight=torch.ones(shape.vocab, teacher_width)),
         sample_ids=("a", "b", "c"),
     )

@@ -46,6 +46,7 @@ def train(
     forward_weight: float = 1.0,
     steps: int = 3,
     micro_batch_tokens: int = 4096,
+    objective: Objective | None = None,
     **options: Any,
 ) -> FlopLedger:
     ledger = FlopLedger()
@@ -56,7 +57,7 @@ def train(
         distill(
             student=student,
             source=source,
-            objective=Objective(forward_weight=forward_weight),
+            objective=objective or Objective(forward_weight=forward_weight),
             optimisation=Optimisation(steps=steps, learning_rate=3e-3, warmup_steps=2),
             ledger=ledger,
             metrics=metrics,
@@ -160,6 +161,38 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     if done == 0:
         assert all(torch.equal(a, b) for a, b in zip(untouched, other.parameters, strict=True))
     assert all(torch.isfinite(parameter).all() for parameter in other.parameters)
+
+
+def test_a_source_that_ends_ends_the_training(other: Student, reader: Any, head: TeacherHead, tmp_path: Path) -> None:
+    class TwoSteps(CachedPrefixes):
+        def draw(self, step: int, ledger: FlopLedger) -> list[Any]:
+            return super().draw(step, ledger) if step < 2 else []
+
+    plan = BatchPlan(sequences=4, max_completion_tokens=16)
+    source = TwoSteps(reader=reader, indices=range(len(reader)), head=head, plan=plan, seed=3, device=CPU)
+    with MetricsLog(tmp_path / "metrics.jsonl") as metrics:
+        trained = distill(
+            student=other,
+            source=source,
+            objective=Objective(forward_weight=1.0),
+            optimisation=Optimisation(steps=5, learning_rate=3e-3, warmup_steps=2),
+            ledger=FlopLedger(),
+            metrics=metrics,
+        )
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1]
+    assert trained.completion_tokens == sum(line["completion_tokens"] for line in lines(tmp_path))
+
+
+def test_plain_fine_tuning_does_not_look_at_the_teacher(
+    other: Student, reader: Any, head: TeacherHead, tmp_path: Path
+) -> None:
+    objective = Objective(forward_weight=1.0, cross_entropy_share=1.0)
+    ledger = train(other, reader, head, tmp_path, objective=objective, steps=6)
+    metrics = lines(tmp_path)
+    assert metrics[-1]["loss_nats"] < metrics[0]["loss_nats"]
+    assert [line["loss_nats"] for line in metrics] == [line["cross_entropy_nats"] for line in metrics]
+    assert metrics[0]["forward_kl_nats"] is metrics[0]["teacher_entropy_nats"] is None
+    assert ledger.by_phase()[Phase.HEAD_REPROJECTION] == 0
 
 
 def test_every_flop_of_training_is_in_the_ledger(

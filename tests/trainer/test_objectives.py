@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import kernels
 from kernels import DenseTargets, LinearHead, SampledTargets, TopKTargets
 from logitcache.errors import UserError
 from trainer.batch import Batch
-from trainer.objectives import Objective, step_mean, token_mean
+from trainer.objectives import Objective, StepSize, step_mean, token_mean
 from trainer.settings import Weighting
 
 
@@ -70,7 +72,15 @@ def test_sampled_targets_give_forward_and_refuse_reverse(student: LinearHead, lo
         Objective(forward_weight=0.5)(student, drawn)
 
 
-@pytest.mark.parametrize("options", [{"forward_weight": 1.5}, {"forward_weight": 0.5, "temperature": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"forward_weight": 1.5},
+        {"forward_weight": 0.5, "temperature": 0.0},
+        {"forward_weight": 1.0, "cross_entropy_share": 1.5},
+        {"forward_weight": 1.0, "cross_entropy_share": float("nan")},
+    ],
+)
 def test_impossible_objectives_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UserError):
         Objective(**options)
@@ -98,11 +108,75 @@ def test_weighting_by_hand() -> None:
         none = DenseTargets(log_probs=torch.zeros(len(rows), 2))
         return Batch(
             input_ids=ids, position_ids=ids, sequence_lengths=lengths, rows=torch.tensor(rows), targets=none,
-            sample_ids=("",) * len(lengths),
+            next_ids=torch.tensor(rows), sample_ids=("",) * len(lengths),
         )  # fmt: skip
 
     step = [batch((3, 4), [2, 4, 5, 6]), batch((5,), [3, 4])]
     losses = [torch.tensor([6.0, 1.0, 2.0, 6.0]), torch.tensor([2.0, 4.0])]
     for weighting, mean in ((Weighting.TOKEN, 21 / 6), (Weighting.SEQUENCE, (6 + 3 + 3) / 3)):
-        parts = [step_mean(loss, one, step, weighting) for loss, one in zip(losses, step, strict=True)]
+        parts = [step_mean(loss, one, StepSize.of(step), weighting) for loss, one in zip(losses, step, strict=True)]
         assert float(sum(parts)) == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("kind", ["hidden", "top-k"])
+def test_the_cross_entropy_share_equals_plain_double_precision(
+    kind: str, share: float, student: LinearHead, log_probs: torch.Tensor
+) -> None:
+    """Losses and gradients, with a padded head and rows that weigh differently, against the formula in float64."""
+    next_ids, upstream = torch.tensor([3, 0, 10, 7, 3]), torch.linspace(0.5, 2.0, 5).double()
+    draw = torch.Generator().manual_seed(2)
+    weight = torch.cat([student.weight, torch.randn(2, 8, generator=draw)])
+    teacher = LinearHead(hidden=torch.randn(5, 6, generator=draw), weight=torch.randn(11, 6, generator=draw))
+    ids = torch.arange(5)
+    batch = Batch(
+        input_ids=ids, position_ids=ids, sequence_lengths=(5,), rows=ids, next_ids=next_ids, sample_ids=("",),
+        targets=teacher if kind == "hidden" else top_k(log_probs, 4),
+    )  # fmt: skip
+    objective = Objective(forward_weight=0.3, cross_entropy_share=share)
+    hidden, learned = student.hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss_R, sums = objective.over(LinearHead(hidden=hidden, weight=learned, vocab_size=11), batch)
+    (loss_R * upstream.float()).sum().backward()
+
+    exact_hidden, exact_weight = student.hidden.double().requires_grad_(), weight.double().requires_grad_()
+    q = (exact_hidden @ exact_weight[:11].T).log_softmax(-1)
+    text = -q.gather(1, next_ids[:, None])[:, 0]
+    if kind == "hidden":
+        p = (teacher.hidden.double() @ teacher.weight.double().T).log_softmax(-1)
+    else:
+        kept = log_probs.topk(4).indices
+        p, q = coarse(log_probs.double(), kept), coarse(q, kept)
+    forward, reverse = (p.exp() * (p - q)).sum(-1), (q.exp() * (q - p)).sum(-1)
+    expected = share * text + (1 - share) * (0.3 * forward + 0.7 * reverse)
+    (expected * upstream).sum().backward()
+    assert torch.allclose(loss_R.double(), expected, rtol=1e-5)
+    for mine, exact in ((hidden.grad, exact_hidden.grad), (learned.grad, exact_weight.grad)):
+        assert mine is not None
+        assert exact is not None
+        assert float((mine - exact).norm() / exact.norm()) < 1e-5
+    named = dict(zip(objective.names(batch.targets), sums.tolist(), strict=True))
+    assert named["loss_nats"] == pytest.approx(float(expected.detach().sum()), rel=1e-5)
+    assert named["cross_entropy_nats"] == pytest.approx(float(text.detach().sum()), rel=1e-5)
+    ending = "" if kind == "hidden" else "_coarse"
+    known = share < 1  # plain fine-tuning does not look at the teacher
+    assert (named[f"forward_kl_nats{ending}"] == pytest.approx(float(forward.detach().sum()), rel=1e-4)) is known
+    assert named["student_entropy_nats"] > 0
+
+
+def coarse(log_probs: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities of k kept ids and of everything else."""
+    outside = torch.ones_like(log_probs, dtype=torch.bool).scatter(1, kept, False)
+    return torch.cat([log_probs.gather(1, kept), log_probs.where(outside, -torch.inf).logsumexp(-1)[:, None]], dim=1)
+
+
+def test_without_a_share_the_divergence_alone_is_computed(student: LinearHead, log_probs: torch.Tensor) -> None:
+    ids = torch.arange(5)
+    batch = Batch(
+        input_ids=ids, position_ids=ids, sequence_lengths=(5,), rows=ids, next_ids=ids, sample_ids=("",),
+        targets=DenseTargets(log_probs=log_probs),
+    )  # fmt: skip
+    objective = Objective(forward_weight=0.3)
+    loss_R, sums = objective.over(student, replace(batch, next_ids=ids + 1000))  # which would be out of range
+    assert torch.equal(loss_R, objective(student, batch.targets).loss)
+    assert len(sums) == len(objective.names(batch.targets)) == 5
+    assert objective.head_passes == 1

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from logitcache.console import run_command
 from logitcache.errors import UserError
 from logitcache.records import FinishReason, Origin
 from logitcache.scorers.hf import HFEngine
 from logitcache.scoring import Prompt, Sampling
+from trainer.cli import app
 from trainer.flops import FlopLedger, Phase
 from trainer.rollouts import measure_own_text, reconciled_stop_ids, stops_used, student_generator
 from trainer.student import Student, load_student
@@ -111,3 +114,19 @@ def test_nothing_to_measure_on_is_refused(student: Student) -> None:
                 student, generator, prompts, replace(SAMPLING), FlopLedger(),
                 stop_ids=frozenset(stop_ids), micro_batch_tokens=64, step=0,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [["distill", "--prefix", "student"], ["grid"]])
+def test_vllm_that_is_not_installed_is_said_first(
+    command: list[str],
+    tiny_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    models = ["--student", str(tiny_dir), "--teacher", str(tiny_dir), "--generator", "vllm"]
+    words = [*command, str(tmp_path / "no-cache"), *models, "--out", str(tmp_path / "run")]
+    assert run_command(app, words, after_interrupt="") == 2
+    assert "vLLM cannot be imported" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

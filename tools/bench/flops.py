@@ -2,8 +2,9 @@
 
     python -m tools.bench.flops [--quick] [--json PATH]
 
-Counts need shapes alone, so the models are built without weights. The time is that of one forward and backward of the
-embedded model's body, bfloat16 autocast, over the same sequences of unequal length packed and padded; rounds alternate.
+Counts need shapes alone, so models without experts are built without weights. The time is that of one forward and
+backward of the embedded model's body, bfloat16 autocast, over the same sequences of unequal length packed and padded;
+rounds alternate.
 """
 
 from __future__ import annotations
@@ -33,12 +34,19 @@ QWEN3_TINY = {
 }  # fmt: skip
 
 
+QWEN3_MOE_TINY = QWEN3_TINY | {
+    "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 192,
+    "mlp_only_layers": [1],
+}  # fmt: skip
+
+
 def main() -> None:
     """Count, time and keep."""
     chosen = options("flops", __doc__)
     embedded = json.loads((embedded_teacher_dir() / "config.json").read_text())
     student = {**embedded, "num_hidden_layers": 20}
     models = {"smollm2_135m": embedded, "pruned_20_layers": student, "qwen3_tiny": QWEN3_TINY}
+    models["qwen3_moe_tiny"] = QWEN3_MOE_TINY
     errors = {name: _relative_errors(config) for name, config in models.items()}
     layers, sequences, rounds = (4, 4, 1) if chosen.quick else (20, 8, 5)
     lengths = _lengths(sequences)
@@ -62,10 +70,13 @@ def main() -> None:
 
 def _relative_errors(config: dict[str, Any]) -> dict[str, float]:
     """Of forward and backward, packed, with logits for every row."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     shape, rows = ModelShape.from_config(config), sum(LENGTHS)
-    ids = torch.zeros(1, rows, dtype=torch.long, device="meta")
+    device = torch.device("cpu" if shape.experts else "meta")  # routing looks at numbers
+    with device:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    if shape.experts:
+        model.set_experts_implementation("eager")  # a product for each expert, which the counter sees
+    ids = torch.zeros(1, rows, dtype=torch.long, device=device)
     # The fused CPU kernel is one the counter cannot see; the plain one computes all pairs.
     with sdpa_kernel(SDPBackend.MATH), packed_sequences(model):
         with FlopCounterMode(display=False) as forward:

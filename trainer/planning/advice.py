@@ -75,6 +75,8 @@ def advise(aim: Aim, case: Case, *, cache: str, problems: str) -> Advice:
             share of the build.
     """
     window = min(case.completion_tokens, case.window or case.completion_tokens)
+    share = case.student_share
+    require(share is None, "advice without --student-share", share, "leave it out: `trainer plan` has mixed prefixes")
     require(aim is not Aim.LONG or window > SHORT_WINDOW, f"long completions, over {SHORT_WINDOW} tokens", window)
     forward_weight, divergence = _divergence(aim)
     tier = TOPK if forward_weight > 0 else HIDDEN

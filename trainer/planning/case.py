@@ -45,6 +45,7 @@ class Case:
         completion_tokens: of every completion in the cache.
         window: completion tokens of each that are trained on, and that a student writes; all by default.
         sequences: per step.
+        student_share: of each step's sequences, that the student writes on mixed prefixes; plans those too.
         steps: per student; as many as the budget pays for, or 1,000 without one.
         budget: FLOPs for one student.
         students: that share the build.
@@ -62,6 +63,7 @@ class Case:
     completion_tokens: int = 4096
     window: int | None = None
     sequences: int = 32
+    student_share: float | None = None
     steps: int | None = None
     budget: float | None = None
     students: int = 1
@@ -78,6 +80,10 @@ class Case:
             least = 1 if name in counts else 0
             sound = value is None or (math.isfinite(value) and value >= least and value > 0)
             require(sound, f"--{name.replace('_', '-')}, {'at least 1' if least else 'above 0'}", value)
+        own = (self.student_share or 0) * self.sequences
+        fits = self.student_share is None or (0 < own < self.sequences and math.isclose(own, round(own)))
+        do = "choose a share that makes 1 or more of either"
+        require(fits, f"--student-share, a whole part of {self.sequences} sequences", self.student_share, do)
         if self.price_per_hour is not None and self.flops_per_second is None:
             raise UserError("--price-per-hour", "no hours follow from FLOPs alone", "give --flops-per-second, measured")
         if self.budget is not None and self.steps is not None:

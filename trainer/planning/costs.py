@@ -13,7 +13,7 @@ from logitcache import flops
 from logitcache.flops import ModelShape
 from trainer.flops import FlopLedger, Phase, add_rollout, add_scoring, add_training
 from trainer.planning.case import Have
-from trainer.settings import Prefix
+from trainer.settings import Lora, Prefix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,13 @@ class Pair:
 
 
 def step_cost(
-    pair: Pair, text: Text, *, prefix: Prefix, kind: str = "hidden", gradient_checkpointing: bool = False
+    pair: Pair,
+    text: Text,
+    *,
+    prefix: Prefix,
+    kind: str = "hidden",
+    gradient_checkpointing: bool = False,
+    lora: Lora | None = None,
 ) -> dict[Phase, int]:
     """One training step over this text, by phase, as its ledger will have it.
 
@@ -75,6 +81,7 @@ def step_cost(
         prefix: who writes it: the teacher (it is in the cache) or the student.
         kind: of the cache's targets; from hidden states the teacher's logits are made anew. Live ones always are.
         gradient_checkpointing: the student's layers run twice.
+        lora: adapters that are trained in place of the weights.
 
     Raises:
         ValueError: mixed prefixes, whose step is the sum of one from the cache and one live, each over its own text.
@@ -94,6 +101,7 @@ def step_cost(
         teacher_head_flops=teacher_logits,
         step=0,
         gradient_checkpointing=gradient_checkpointing,
+        lora=lora,
     )
     return ledger.by_phase()
 

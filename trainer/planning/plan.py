@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from logitcache.errors import UserError
+from logitcache.errors import UserError, require
+from trainer.flops import Phase
 from trainer.planning.case import Case, Have
 from trainer.planning.costs import BreakEven, Instead, Pair, Text, break_even, build_cost, step_cost
 from trainer.planning.models import model_shape
 from trainer.planning.storage import kind_of_tier, storage
+from trainer.planning.study import Column, require_a_step, steps_within
 from trainer.settings import Prefix
 
 PAPER_STEPS = 1_000
@@ -33,10 +35,14 @@ def cache_text(case: Case) -> Text:
     return Text.alike(sequences=case.problems, **lengths)
 
 
-def step_text(case: Case) -> Text:
-    """The text of one step."""
+def step_text(case: Case, sequences: int | None = None) -> Text:
+    """The text of one step, or of so many of its sequences."""
     trained = min(case.completion_tokens, case.window or case.completion_tokens)
-    return Text.alike(sequences=case.sequences, prompt_tokens=case.prompt_tokens, completion_tokens=trained)
+    return Text.alike(
+        sequences=case.sequences if sequences is None else sequences,
+        prompt_tokens=case.prompt_tokens,
+        completion_tokens=trained,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +72,23 @@ class CellCost:
 
     def amortised(self, students: int) -> int:
         """FLOPs of `amortised_steps` steps and a share of the build, rounded up as a ledger does."""
-        return self.amortised_steps * self.step_flops - (-sum(self.build.values()) // students)
+        return self.amortised_steps * self.step_flops + self.share(students)
+
+    def share(self, students: int) -> int:
+        """Of the build, rounded up."""
+        return -(-sum(self.build.values()) // students)
 
 
 def cell_cost(case: Case, prefix: Prefix, tier: str | None) -> CellCost:
     """Cost one column of the grid; under a budget too small for it, a column of no steps."""
     kind = "hidden" if tier is None else kind_of_tier(tier)
-    step = step_cost(
-        models(case), step_text(case), prefix=prefix, kind=kind, gradient_checkpointing=case.gradient_checkpointing
-    )
+    step = dict.fromkeys(Phase, 0)
+    for written_by, sequences in _parts(case, prefix):
+        text, checkpointed = step_text(case, sequences), case.gradient_checkpointing
+        part = step_cost(models(case), text, prefix=written_by, kind=kind, gradient_checkpointing=checkpointed)
+        step = {phase: flops + part[phase] for phase, flops in step.items()}
     step_flops, build = sum(step.values()), {"generate": 0, "score": 0}
-    if prefix is Prefix.TEACHER:
+    if prefix is not Prefix.STUDENT:
         build = build_cost(models(case).teacher, cache_text(case), kind=kind, have=case.have)
     steps = amortised_steps = case.steps or PAPER_STEPS
     if case.budget is not None:
@@ -88,19 +100,40 @@ def cell_cost(case: Case, prefix: Prefix, tier: str | None) -> CellCost:
     return CellCost(prefix=prefix, tier=tier, step=by_phase, build=build, steps=steps, amortised_steps=amortised_steps)
 
 
-def make_plan(case: Case, tiers: Sequence[str]) -> dict[str, Any]:
+def _parts(case: Case, prefix: Prefix) -> list[tuple[Prefix, int]]:
+    """Who writes how many of a step's sequences."""
+    if prefix is not Prefix.MIXED:
+        return [(prefix, case.sequences)]
+    own = round((case.student_share or 0) * case.sequences)
+    return [(Prefix.TEACHER, case.sequences - own), (Prefix.STUDENT, own)]
+
+
+def make_plan(case: Case, tiers: Sequence[str], budgets: Sequence[int] = ()) -> dict[str, Any]:
     """Everything that can be said of a case before it is run, as JSON values.
 
     Args:
         case: what is planned.
         tiers: to compare, each as for `logitcache build --targets`, as if it were the cache's only one.
+        budgets: FLOPs to compare the cells at, ascending, besides what the case itself has.
 
     Raises:
-        UserError: no tier, an unknown model or tier, or a budget that pays for no step of any cell.
+        UserError: no tier, an unknown model or tier, a budget of the case that pays for no step of any cell, or one of
+            `budgets` that does not pay for a step of every cell.
     """
     if not tiers:
         raise UserError("--tiers", "none was named", "name at least one, such as hidden")
-    cells = [cell_cost(case, Prefix.TEACHER, tier) for tier in tiers] + [cell_cost(case, Prefix.STUDENT, None)]
+    cells = [cell_cost(case, Prefix.TEACHER, tier) for tier in tiers]
+    if case.student_share is not None:  # from exact tiers alone: no metric mixes them with coarse ones
+        exact = [tier for tier in tiers if kind_of_tier(tier) in ("hidden", "full")]
+        require(bool(exact), "--student-share, with hidden or full among the --tiers", ", ".join(tiers), "add hidden")
+        cells += [cell_cost(case, Prefix.MIXED, tier) for tier in exact]
+    cells.append(cell_cost(case, Prefix.STUDENT, None))
+    columns = [
+        Column(prefix=cell.prefix, tier=cell.tier, step_flops=cell.step_flops, share=cell.share(case.students))
+        for cell in cells
+    ]
+    if budgets:
+        require_a_step(columns, budgets[0])
     if case.budget is not None and not any(cell.steps for cell in cells):
         cheapest = min(cell.step_flops for cell in cells)
         raise UserError(
@@ -111,6 +144,9 @@ def make_plan(case: Case, tiers: Sequence[str]) -> dict[str, Any]:
     return {
         "case": asdict(case),
         "cells": [_cell_facts(case, cell) for cell in cells],
+        "budgets": steps_within(
+            columns, budgets, epoch_steps=case.problems / case.sequences, flops_per_second=case.flops_per_second
+        ),
         "storage": [_storage_facts(case, tier) for tier in tiers],
         "break_even": [facts for tier in tiers for facts in break_even_facts(case, tier)],
     }

@@ -9,6 +9,7 @@ from typing import Any
 from trainer.planning.costs import Instead
 from trainer.planning.storage import PEAKED, PLAIN
 from trainer.report import COLOURS, flop_text, new_figure, text_table
+from trainer.settings import Prefix
 
 BREAK_EVEN_HEADER = ["tier", "there already", "instead of", "students x epochs", "tokens", "epochs each", "students"]
 
@@ -19,8 +20,21 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     sections = [text_table(*_cells(plan["cells"], plan["case"]))]
     if budget:
         sections.append(f"steps: what {flop_text(plan['case']['budget'])} pay for; after the share of the build in ()")
+    if plan["budgets"]:
+        sections.append(text_table(*_budgets(plan["budgets"])))
     sections += [text_table(*_storage(plan["storage"])), text_table(BREAK_EVEN_HEADER, break_even_rows(plan))]
     return "\n\n".join(sections)
+
+
+def study_text(plan: Mapping[str, Any]) -> str:
+    """What an equal-FLOP study will come to."""
+    points = ", ".join(f"{len(points)} on {prefix} prefixes" for prefix, points in plan["measured_at"].items())
+    lines = [f"{plan['runs']} runs, {flop_text(plan['flops'])} of training in all; points measured in each: {points}"]
+    if plan["hours"] is not None:
+        lines.append(f"{plan['hours']:.3g} hours without measuring")
+    if plan["money"] is not None:
+        lines.append(f"{plan['money']:.2f} in money")
+    return "\n".join([text_table(*_budgets(plan["budgets"])), "", *lines])
 
 
 def break_even_rows(plan: Mapping[str, Any]) -> list[list[str]]:
@@ -57,6 +71,18 @@ def _cells(cells: list[dict[str, Any]], case: Mapping[str, Any]) -> tuple[list[s
     return header, rows
 
 
+def _budgets(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    header = ["budget", "prefix", "tier", "steps", "after the share of the build", "epochs"]
+    table = []
+    for row in rows:
+        steps = [str(row["steps"]), str(row["amortised_steps"]), f"{row['epochs']:.3g}"]
+        table.append([flop_text(row["budget"]), row["prefix"], row["tier"] or "live", *steps])
+    if rows[0]["run_s"] is not None:
+        header.append("hours")
+        table = [[*cells, f"{row['run_s'] / 3600:.3g}"] for cells, row in zip(table, rows, strict=True)]
+    return header, table
+
+
 def _storage(tiers: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     header = ["tier", "bytes a token", "if the teacher is sure", "whole tier", "if sure", "from"]
     return header, [
@@ -76,7 +102,7 @@ def _measured(value: float | None, form: str, unit: float = 1.0) -> str:
 
 def draw_break_even(plan: Mapping[str, Any], path: Path) -> None:
     """Each student's FLOPs against how many share the cache, for every tier, beside student prefixes, as a PNG."""
-    *cached, live = plan["cells"]
+    cached, live = [cell for cell in plan["cells"] if cell["prefix"] == Prefix.TEACHER], plan["cells"][-1]
     points = [p for p in plan["break_even"] if p["have"] == "nothing" and p["instead"] == Instead.STUDENT_PREFIX]
     most = max(30, 4 * max(point["students"] for point in points))
     counts = sorted({round(most ** (place / 60)) for place in range(61)})

@@ -1,7 +1,8 @@
 """Bytes of a tier, from what this repository measured; what was not measured is said to be so.
 
-Guarantees: every figure is read from `tools/bench/results/codecs.json` and carries how it was carried over to another
-teacher; no measurement is made up.
+Guarantees: every figure is one of `tools/bench/results/codecs.json`, of which `python -m tools.render` puts a part
+beside this module, for an installed package has no benchmarks; it says how it was carried over to another teacher; no
+measurement is made up.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
 from logitcache.codecs import parse_targets
@@ -17,7 +18,9 @@ from logitcache.errors import UserError
 from logitcache.flops import ModelShape
 
 MEASUREMENTS = "tools/bench/results/codecs.json"
-"""Where the figures are, from the repository's root."""
+"""Where the figures are from, in the repository."""
+TIERS = "tiers.json"
+"""Where they are here."""
 PLAIN, PEAKED = "plain", "peaked"
 """SmolLM2-135M's own distributions, and the same with sharpened logits: a stand-in for a strong, sure teacher."""
 
@@ -56,9 +59,8 @@ def kind_of_tier(word: str) -> str:
 def measured(distribution: str, word: str) -> dict[str, Any] | None:
     """The kept figures of a tier, whichever way its options are written, or None."""
     wanted = parse_targets(word)
-    for name, figures in _results().get("figures", {}).get(distribution, {}).items():
-        ours = isinstance(figures, dict) and "kept_once_bytes" in figures  # a peer's format keeps nothing once
-        if ours and parse_targets(name) == wanted:
+    for name, figures in _results()["figures"].get(distribution, {}).items():
+        if parse_targets(name) == wanted:
             return dict(figures)
     return None
 
@@ -69,7 +71,7 @@ def storage(teacher: ModelShape, word: str) -> Storage:
     Hidden states are scaled by the teacher's width. Other tiers are not scaled at all: their bytes follow the teacher's
     entropy, which no configuration tells, so both distributions are given.
     """
-    kind, config = kind_of_tier(word), _results().get("config", {})
+    kind, config = kind_of_tier(word), _results()["config"]
     found = {name: figures for name in (PLAIN, PEAKED) if (figures := measured(name, word)) is not None}
     if not found:
         return Storage(bytes_per_token=dict.fromkeys((PLAIN, PEAKED)), kept_once_bytes=None, basis="not measured")
@@ -88,6 +90,5 @@ def storage(teacher: ModelShape, word: str) -> Storage:
 
 @cache
 def _results() -> dict[str, Any]:
-    file = Path(__file__).parents[2] / MEASUREMENTS
-    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    results: dict[str, Any] = json.loads(files(__package__).joinpath(TIERS).read_text())
     return results

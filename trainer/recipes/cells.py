@@ -17,7 +17,7 @@ from trainer.loop import distill
 from trainer.objectives import Objective
 from trainer.prefixes import PrefixSource
 from trainer.recipes.windows import GatedWindows
-from trainer.runs import MetricsLog, write_json
+from trainer.runs import MetricsLog, Unlogged, write_json
 from trainer.schedules import WeightSchedule
 from trainer.settings import Training
 from trainer.student import Student
@@ -51,12 +51,16 @@ def run_cell(
     before: HeldOut,
     run: CellRun,
 ) -> tuple[dict[str, Any], FlopLedger]:
-    """Train and measure; writes `metrics.jsonl` and `ledger.json`. Returns the cell's result and its ledger."""
+    """Train and measure; writes `metrics.jsonl` and `ledger.json`. Returns the cell's result and its ledger.
+
+    A student on several ranks is measured by each of them alike; the first one writes.
+    """
     ledger = FlopLedger()
     gated: dict[str, Any] = {}
     if run.windows is not None:
         gated = {"check": run.windows.check, "stateful": {"curriculum": run.windows.curriculum}}
-    with MetricsLog(run.directory / "metrics.jsonl") as metrics:
+    first = student.ranks.first
+    with MetricsLog(run.directory / "metrics.jsonl") if first else Unlogged() as metrics:
         trained = distill(
             student=student,
             source=source,
@@ -73,11 +77,12 @@ def run_cell(
     # Asked before anything else could load one: was the teacher's engine in this process while the cell trained?
     engine_imported = ENGINE_MODULE in sys.modules
     after = evaluate(student, held_out, ledger, step=training.steps, backend=training.backend)
-    write_json(run.directory / "ledger.json", {"rows": ledger.to_json()})
+    if first:
+        write_json(run.directory / "ledger.json", {"rows": ledger.to_json()})
     result = {
         "held_out": {name: {"before": value, "after": after.nats[name]} for name, value in before.nats.items()},
         "completion_tokens": trained.completion_tokens,
-        "tokens_per_s": trained.completion_tokens / trained.seconds,
+        "tokens_per_s": trained.completion_tokens / trained.seconds if trained.seconds else 0.0,
         "seconds": trained.seconds,
         "teacher_engine_imported": engine_imported,
     }

@@ -11,23 +11,29 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from logitcache.errors import UserError
 from logitcache.flops import ModelShape
 from logitcache.identity import require_same_teacher, resolve_model, tokenizer_fingerprint
 from logitcache.scoring import Generator, Prompt, Sampling
 from logitcache.store import Reader, open_cache
-from logitcache.store.opening import tier_named
+from logitcache.store.opening import SERVED, tier_named
 from logitcache.store.place import redact
 from trainer.batch import Batch, TeacherHead, batches_of, teacher_head
+from trainer.distributed import ALONE, Ranks
 from trainer.prefixes import CachedPrefixes, OnPolicyPrefixes, prompts_of
 from trainer.provenance import commit, device_name, versions
-from trainer.rollouts import reconciled_stop_ids, stops_used, student_generator
+from trainer.rollouts import VLLMRollouts, load_rollout_engine, reconciled_stop_ids, stops_used, student_generator
 from trainer.settings import BatchPlan, Training
 from trainer.split import Split, split_by_problem
 from trainer.student import Student, load_student
 
+if TYPE_CHECKING:
+    from logitcache.service.scorer import ServedScorer
+
+StudentEngine = Literal["transformers", "vllm"]
+"""What a student writes with."""
 KINDS = ("hidden", "full", "topk", "sampled")
 """Kinds of tiers, the one that says most first."""
 EXACT = ("hidden", "full")
@@ -161,24 +167,52 @@ def open_student(data: CacheData, student_dir: Path, training: Training) -> Stud
         vocab_size=data.vocab_size,
         precision=training.precision,
         gradient_checkpointing=training.gradient_checkpointing,
+        lora=training.lora,
     )
 
 
 def require_teacher(teacher: str, data: CacheData) -> None:
-    """Raise IdentityError unless this model built the cache; reads its weights file, builds nothing."""
-    require_same_teacher(data.url, data.reader.identity["teacher"], resolve_model(teacher))
+    """Raise IdentityError unless this model built the cache; reads its weights file, builds nothing.
+
+    Of a served one, `grpc://HOST:PORT#NAME`, the server says what it is.
+    """
+    if teacher.startswith(SERVED):
+        _served_teacher(teacher, data)
+    else:
+        require_same_teacher(data.url, data.reader.identity["teacher"], resolve_model(teacher))
+
+
+def require_window(asked: str, window: int, data: CacheData) -> None:
+    """Raise UserError, about what was `asked`, unless the cache's completions may be as long as this window."""
+    written = data.reader.identity["sampling"]["max_new_tokens"]
+    if window > written:
+        raise UserError(asked, f"completions of at most {written} tokens in the cache", f"ask for {written} at most")
 
 
 def load_live_teacher(teacher: str, data: CacheData) -> LiveTeacher:
-    """Load the model that built the cache, in the precision it had then. Check it with `require_teacher` before.
+    """The model that built the cache, in the precision it had then. Check it with `require_teacher` before.
+
+    Args:
+        teacher: a model to load, or a served one, `grpc://HOST:PORT#NAME`, which stays where it is.
+        data: the cache.
 
     Raises:
-        UserError: no such model.
+        IdentityError: a served one is another.
+        UserError: no such model, or no answer.
     """
+    if teacher.startswith(SERVED):
+        served = _served_teacher(teacher, data)
+        return LiveTeacher(scorer=served, shape=ModelShape.from_config(served.facts["config"]))
     from logitcache.scorers.hf import load_engine
 
     engine = load_engine(resolve_model(teacher), dtype=data.reader.identity["teacher"]["dtype"])
     return LiveTeacher(scorer=engine, shape=ModelShape.from_config(engine.model.config.to_dict()))
+
+
+def _served_teacher(url: str, data: CacheData) -> ServedScorer:
+    from logitcache.service.scorer import open_scorer
+
+    return open_scorer(url, built_by=data.reader.identity["teacher"])
 
 
 def held_out_batches(data: CacheData, student: Student, training: Training) -> list[Batch]:
@@ -193,20 +227,38 @@ def held_out_prompts(data: CacheData, training: Training) -> list[Prompt]:
     return prompts_of(data.reader.read_tokens(data.split.held_out[: training.held_out_sequences]))
 
 
-def student_writer(data: CacheData, student: Student, teacher: LiveTeacher | None) -> Writer:
-    """The student's generator; without the teacher, its stop tokens are those that ended its cached completions."""
+def student_writer(
+    data: CacheData, student: Student, teacher: LiveTeacher | None, vllm_engine: Any | None = None
+) -> Writer:
+    """The student's generator, over transformers or over an engine of `student_vllm_engine`.
+
+    Without the teacher, its stop tokens are those that ended its cached completions.
+    """
     if teacher is None:
         ids = stops_used(data.reader.read_tokens(data.split.train[:STOPS_FROM]))
     else:
         ids = teacher.scorer.stop_ids
     stop_ids = reconciled_stop_ids(student, ids)
-    return Writer(generator=student_generator(student, stop_ids=stop_ids), stop_ids=stop_ids)
+    if vllm_engine is None:
+        return Writer(generator=student_generator(student, stop_ids=stop_ids), stop_ids=stop_ids)
+    rollouts = VLLMRollouts(student=student, engine=replace(vllm_engine, stop_ids=stop_ids))
+    return Writer(generator=rollouts, stop_ids=stop_ids)
+
+
+def student_vllm_engine(data: CacheData, student: Student, student_dir: Path, training: Training) -> Any:
+    """An engine of vLLM with room for a step's rollouts from the cache's prompts; whoever loads it closes it.
+
+    Raises:
+        UserError: as `trainer.rollouts.load_rollout_engine`.
+    """
+    longest = max(data.reader.samples(["prompt_tokens"])["prompt_tokens"].to_pylist())
+    return load_rollout_engine(student, student_dir, sequences=training.sequences, tokens=longest + training.window)
 
 
 def cached_source(
-    data: CacheData, student: Student, training: Training, plan: BatchPlan | None = None
+    data: CacheData, student: Student, training: Training, plan: BatchPlan | None = None, *, ranks: Ranks = ALONE
 ) -> CachedPrefixes:
-    """The teacher's text, from the cache alone; `plan` in place of the training's."""
+    """The teacher's text, from the cache alone, this rank's part of it; `plan` in place of the training's."""
     return CachedPrefixes(
         reader=data.reader,
         indices=data.split.train,
@@ -214,6 +266,7 @@ def cached_source(
         plan=plan or training.plan,
         seed=training.seed,
         device=student.device,
+        ranks=ranks,
     )
 
 

@@ -1,20 +1,26 @@
 """The cells of the grid from one start: who writes the prefix, times which mix of the divergences is minimised.
 
 Guarantees: every cell starts from the same student and sees the same problems in the same order; the cells that train
-from the cache run first, before a teacher is loaded; the report is written once all are done.
+from the cache run first, before a teacher is loaded; the report is written once all are done. Killed anywhere, the same
+command goes on: a cell that is done is kept, the one under way goes on from its newest checkpoint, to the same numbers.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from logitcache.console import Progress, note
 from logitcache.errors import UserError
 from logitcache.scoring import Sampling
+from trainer.checkpoint import Checkpoints
 from trainer.evaluate import HeldOut, evaluate
 from trainer.flops import FlopLedger
 from trainer.objectives import Objective, require_served
@@ -24,6 +30,7 @@ from trainer.recipes.data import (
     EXACT,
     CacheData,
     LiveTeacher,
+    StudentEngine,
     cached_source,
     configuration,
     held_out_batches,
@@ -33,10 +40,11 @@ from trainer.recipes.data import (
     open_data,
     open_student,
     require_teacher,
+    student_vllm_engine,
     student_writer,
 )
 from trainer.report import require_plotting, write_report
-from trainer.runs import PROVENANCE, new_run_dir, write_json
+from trainer.runs import CONFIG, PROVENANCE, new_run_dir, open_run, write_json
 from trainer.settings import Prefix, Training
 from trainer.student import Student
 
@@ -55,6 +63,8 @@ def run_grid(
     students: int,
     mixes: Sequence[float] = CORNERS,
     targets: str | None = None,
+    generator: StudentEngine = "transformers",
+    checkpoint_every: int = 100,
 ) -> dict[str, Any]:
     """Train two cells a mix and write `config.json`, `cells/`, and the report as JSON, Markdown and a plot.
 
@@ -62,18 +72,24 @@ def run_grid(
         cache_url: a sealed cache with hidden states or full vocabularies, to measure on.
         student_dir: the model that every cell starts from.
         teacher: the model that built the cache; loaded only for the cells on student prefixes.
-        out: a new directory, or one that holds nothing but the cache and the student.
+        out: a new directory, one that holds nothing but the cache and the student, or that of this grid.
         training: see `Training`.
         sampling: how students write.
         students: how many students share the cache, for the amortised cost.
         mixes: forward weights, for either prefix.
         targets: the tier that the cells on teacher prefixes are trained from; None for the one that says most.
+        generator: the engine that students write with.
+        checkpoint_every: steps between checkpoints of the cell under way; they go when it is done.
 
     Raises:
         UserError: see the functions called; nothing is written before the inputs are sound.
     """
     started = time.perf_counter()
     require_plotting()
+    if generator == "vllm":
+        from logitcache.scorers.vllm_load import require_vllm
+
+        require_vllm()
     if students < 1:
         raise UserError(f"--students {students}", "a cache is shared by at least 1", "give 1 or more")
     objectives = {
@@ -92,31 +108,38 @@ def run_grid(
     for objective in objectives.values():
         require_served(objective, data.kind)
     require_teacher(teacher, data)
-    new_run_dir(out, may_hold=(cache_url, str(student_dir)))
     config = {
         **configuration("grid", data, student_dir, training, sampling),
         "students": students,
         "mixes": list(mixes),
+        "generator": generator,
     }
-    write_json(out / "config.json", config)
+    if not (out / CONFIG).exists():
+        new_run_dir(out, may_hold=(cache_url, str(student_dir)))
+        write_json(out / CONFIG, config)
+    elif open_run(out, config) and (out / "report.json").exists():
+        note(f"{out} is done already")
+        finished: dict[str, Any] = json.loads((out / "report.json").read_text())
+        return finished
     with Progress("grid", 2 * len(objectives) * training.steps, "steps") as progress:
         grid = _Grid(
             data=data,
             student_dir=student_dir,
+            teacher=teacher,
             training=training,
             sampling=sampling,
             students=students,
+            generator=generator,
+            checkpoint_every=checkpoint_every,
             out=out,
             progress=progress,
             objectives=objectives,
         )
         grid.measure_start()
-        for divergence in objectives:
-            grid.run(Prefix.TEACHER, divergence, None)
-        note("loading the teacher, to score what students write")
-        live = load_live_teacher(teacher, data)
-        for divergence in objectives:
-            grid.run(Prefix.STUDENT, divergence, live)
+        with closing(grid):
+            for prefix in (Prefix.TEACHER, Prefix.STUDENT):
+                for divergence in objectives:
+                    grid.run(prefix, divergence)
     report = {
         "run_s": time.perf_counter() - started,
         **{name: config.pop(name) for name in PROVENANCE},
@@ -139,15 +162,19 @@ class _Grid:
 
     data: CacheData
     student_dir: Path
+    teacher: str
     training: Training
     sampling: Sampling
     students: int
+    generator: StudentEngine
+    checkpoint_every: int
     out: Path
     progress: Progress
     objectives: Mapping[str, Objective]
     cells: list[dict[str, Any]] = field(default_factory=list)
     before: HeldOut | None = None
     parameters: int = 0
+    vllm_engine: Any = None
 
     def measure_start(self) -> None:
         """Evaluate the student that all cells start from."""
@@ -157,28 +184,43 @@ class _Grid:
         held_out = held_out_batches(self.data, student, self.training)
         self.before = evaluate(student, held_out, FlopLedger(), step=0, backend=self.training.backend)
 
-    def run(self, prefix: Prefix, divergence: str, live: LiveTeacher | None) -> None:
-        """Train and measure one cell."""
-        assert self.before is not None
+    def run(self, prefix: Prefix, divergence: str) -> None:
+        """Train and measure one cell, unless it is done."""
         note(f"cell {len(self.cells) + 1} of {2 * len(self.objectives)}: {prefix} prefix, {divergence} KL")
         directory = self.out / "cells" / f"{prefix}-{divergence}"
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(directory=directory / "checkpoints", every=self.checkpoint_every, keep=1)
+        result = directory / "result.json"
+        if result.exists():
+            self.progress.add(self.training.steps)
+        else:
+            self.progress.add(checkpoints.latest() or 0)
+            write_json(result, self._trained(prefix, divergence, checkpoints))
+        shutil.rmtree(checkpoints.directory, ignore_errors=True)
+        self.cells.append(json.loads(result.read_text()))
+
+    def _trained(self, prefix: Prefix, divergence: str, checkpoints: Checkpoints) -> dict[str, Any]:
+        assert self.before is not None
         student = self._student()
         result, ledger = run_cell(
             student=student,
-            source=self._source(student, live),
+            source=self._source(prefix, student),
             objective=self.objectives[divergence],
             training=self.training,
             held_out=held_out_batches(self.data, student, self.training),
             before=self.before,
-            run=CellRun(directory=directory, on_step=lambda line: show_step(self.progress, line)),
+            run=CellRun(
+                directory=checkpoints.directory.parent,
+                on_step=lambda line: show_step(self.progress, line),
+                checkpoints=checkpoints,
+            ),
         )
         # A student that writes its own text needs no cache: nothing of its build is charged to it.
         build_flops = self.data.build_flops if prefix is Prefix.TEACHER else 0
         flops = flops_of(ledger, build_flops=build_flops, students=self.students)
         weight = self.objectives[divergence].forward_weight
         cell = {"prefix": str(prefix), "divergence": divergence, "forward_weight": weight}
-        self.cells.append({**cell, **result, "flops": flops})
+        return {**cell, **result, "flops": flops}
 
     def facts(self) -> dict[str, Any]:
         """What the report says of cache, student and held-out set."""
@@ -194,11 +236,23 @@ class _Grid:
             },
         }
 
+    def close(self) -> None:
+        """Free vLLM."""
+        if self.vllm_engine is not None:
+            self.vllm_engine.close()
+
+    @cached_property
+    def _live(self) -> LiveTeacher:
+        note("loading the teacher, to score what students write")
+        return load_live_teacher(self.teacher, self.data)
+
     def _student(self) -> Student:
         return open_student(self.data, self.student_dir, self.training)
 
-    def _source(self, student: Student, live: LiveTeacher | None) -> PrefixSource:
-        if live is None:
+    def _source(self, prefix: Prefix, student: Student) -> PrefixSource:
+        if prefix is Prefix.TEACHER:
             return cached_source(self.data, student, self.training)
-        generator = student_writer(self.data, student, live).generator
-        return on_policy_source(self.data, student, self.training, live, self.sampling, generator=generator)
+        if self.generator == "vllm" and self.vllm_engine is None:  # one for all cells: it takes each student's weights
+            self.vllm_engine = student_vllm_engine(self.data, student, self.student_dir, self.training)
+        generator = student_writer(self.data, student, self._live, self.vllm_engine).generator
+        return on_policy_source(self.data, student, self.training, self._live, self.sampling, generator=generator)

@@ -21,10 +21,16 @@ LAST_STEPS = 10
 """A run's value in the table is the mean over its last steps, of which there are at most this many."""
 
 _PANELS = {
+    "reward_mean": "reward",
+    "no_signal_share": "share of groups",
     "loss": "nats per token",
     "forward_kl": "nats per token",
     "reverse_kl": "nats per token",
     "student_entropy": "nats per token",
+    "reference_kl": "nats per token",
+    "mean_length": "tokens",
+    "truncated_share": "share",
+    "clip_share": "share",
     "own_entropy": "nats per token",
     "window": "tokens",
     "own_mean_length": "tokens",
@@ -33,7 +39,7 @@ _PANELS = {
     "tokens_per_s": "completion tokens/s",
 }
 """What is drawn where it is there, and its unit. `own_...` is measured on the student's own held-out completions."""
-_IN_TABLE = ("loss", "forward_kl", "reverse_kl", "student_entropy", "own_entropy")
+_IN_TABLE = ("reward_mean", "loss", "forward_kl", "reverse_kl", "student_entropy", "own_entropy")
 _ENDINGS = ("", "_coarse", "_sampled")
 """Exact; of top-k targets; estimated from samples (`trainer.objectives`)."""
 _STYLES = ("-", "--", ":")

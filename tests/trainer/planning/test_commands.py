@@ -26,7 +26,9 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
         (["plan", "--budget", "5"], "one step costs"),
         (["plan", "--tiers", "hidden", "nothing"], "'nothing'"),
         (["advise", "answer", "--budget", "1e15"], "--budget 1e+15"),
+        (["plan", "--budgets", "1e18", "inf"], "--budgets, at least 1 FLOP"),
         (["advise", "long", "--window", "64"], "over 128 tokens"),
+        (["advise", "answer", "--student-share", "0.5"], "leave it out"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], found: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcache.errors import UserError
-from trainer.planning import storage as storage_module
 from trainer.planning.case import Case, Have
 from trainer.planning.models import QWEN3, hub_name, model_shape
 from trainer.planning.plan import cell_cost, make_plan
 from trainer.planning.report import draw_break_even, plan_text
 from trainer.planning.storage import MEASUREMENTS, PEAKED, PLAIN, storage
+from trainer.planning.storage import TIERS as TIERS_FILE
 from trainer.settings import Prefix
 
 TIERS = ("topk:p=5e-4", "hidden:max-kl=2e-3")
@@ -56,6 +60,8 @@ def test_a_name_that_leads_nowhere_is_an_error(name: str) -> None:
         ({"flops_per_second": -1.0}, "--flops-per-second, above 0"),
         ({"price_per_hour": 2.0}, "no hours follow"),
         ({"budget": 1e18, "steps": 3}, "each decides the other"),
+        ({"student_share": 0.3}, "--student-share, a whole part of 32"),
+        ({"student_share": 1.0}, "--student-share, a whole part of 32"),
     ],
 )
 def test_a_case_that_makes_no_sense_is_an_error(options: dict[str, Any], found: str) -> None:
@@ -136,12 +142,52 @@ def test_bytes_are_the_measured_ones_and_only_states_are_scaled() -> None:
     assert "not scaled" in sparse.basis
 
 
-def test_what_was_not_measured_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_was_not_measured_is_said_to_be_so() -> None:
     plan = make_plan(Case(), ["topk:p=0.01234"])
     assert plan["storage"][0]["bytes"] == {PLAIN: None, PEAKED: None}
     assert "not measured" in plan_text(plan)
-    monkeypatch.setattr(storage_module, "_results", dict)
-    assert storage(model_shape("Qwen3-8B"), "hidden").basis == "not measured"
+    assert storage(model_shape("Qwen3-8B"), "full").basis == "not measured"
+
+
+def test_the_figures_come_with_the_package(tmp_path: Path) -> None:
+    """A wheel has the packages alone: no benchmarks beside them."""
+    root = Path(__file__).parents[3]
+    for package in ("trainer", "logitcache", "kernels"):
+        (tmp_path / package).symlink_to(root / package)
+    code = "from trainer.planning.storage import measured; print(measured('plain', 'hidden')['bytes_per_token'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert float(done.stdout) > 0
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert TIERS_FILE in patterns["trainer.planning"]
+
+
+def test_mixed_prefixes_cost_a_step_of_either_kind() -> None:
+    (cached, mixed, live) = make_plan(Case(student_share=0.25), ["hidden"])["cells"]
+    for phase, flops in mixed["step"].items():
+        assert flops == pytest.approx(0.75 * cached["step"][phase] + 0.25 * live["step"][phase], rel=1e-12)
+    assert mixed["build"] == cached["build"]
+    with pytest.raises(UserError, match="--student-share, with hidden or full"):
+        make_plan(Case(student_share=0.25), ["topk"])
+
+
+def test_several_budgets_say_what_each_pays_for() -> None:
+    case = Case(teacher="Qwen3-8B", students=10, problems=320, flops_per_second=1e14)
+    with pytest.raises(UserError, match="a step on student prefixes costs up to"):
+        make_plan(case, TIERS, [10**15, 10**19])
+    plan = make_plan(case, TIERS, [10**18, 10**19])
+    assert [(row["prefix"], row["budget"]) for row in plan["budgets"]] == [
+        (prefix, budget) for budget in (10**18, 10**19) for prefix in ("teacher", "teacher", "student")
+    ]
+    for row in plan["budgets"]:
+        (alone,) = [
+            cell
+            for cell in make_plan(replace(case, budget=row["budget"]), TIERS)["cells"]
+            if (cell["prefix"], cell["tier"]) == (row["prefix"], row["tier"])
+        ]
+        assert (row["steps"], row["amortised_steps"]) == (alone["steps"], alone["amortised_steps"])
+        assert row["epochs"] == row["steps"] / 10
+        assert row["run_s"] == alone["marginal"] / 1e14
+    assert "after the share of the build" in plan_text(plan)
 
 
 def test_a_plan_can_be_kept_read_and_drawn(tmp_path: Path) -> None:
