@@ -40,6 +40,9 @@ from logitcache.scorers.choose import (
 from logitcache.scoring import DTYPES, Sampling
 from logitcache.store import Store, open_cache, open_store
 
+UNSEEN = "unseen:"
+"""Begins the fingerprint of a teacher whose weights were on a server alone: the rest is of its configuration."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
@@ -48,7 +51,8 @@ class BuildRequest:
     Attributes:
         problems: Parquet, JSON or JSONL with `problem` and `answer` columns (any fsspec URL), or a hub dataset id.
         out: where the cache goes: a path, or any fsspec URL that can be written.
-        teacher: a transformers model id or directory; `embedded` is SmolLM2-135M-Instruct.
+        teacher: a transformers model id or directory; `embedded` is SmolLM2-135M-Instruct. Where servers both write and
+            score, the directory needs no weights, and the cache says that nobody saw them.
         targets: what is kept, such as `topk:p=3e-4,hidden` or `hidden:max-kl=2e-3`.
         limit: use only the first so many problems.
         dtype: the precision the teacher computes in, bfloat16 or float32.
@@ -105,7 +109,7 @@ def build_cache(
     """
     specs = parse_targets(request.targets)
     problems = load_problems(request.problems, limit=request.limit)
-    model_dir = resolve_model(request.teacher)
+    model_dir = _teacher_dir(request)
     shape = flops.ModelShape.of(model_dir)
 
     from logitcache.scorers.hf import load_tokenizer
@@ -185,20 +189,19 @@ def score_cache(url: str, *, teacher: str, targets: str, compare_engines: bool =
 
 def describe(url: str) -> dict[str, Any]:
     """What a cache holds, as `logitcache info --json` prints it. Raises UserError where there is none."""
-    from logitcache.store.commits import list_committed, read_manifest
+    from logitcache.store.commits import consolidate_tier, list_committed, read_identity, read_manifest
     from logitcache.store.place import open_place
 
     place = open_place(url)
     sealed = read_manifest(place) is not None
-    reader = open_cache(url, targets=None, committed=not sealed)
-    manifest, identity = reader.manifest, reader.identity
-    units, tiers = dict.fromkeys(manifest.tiers, len(manifest.units)), manifest.tiers
-    if not sealed:
-        partial_tiers = {
-            name: open_cache(url, targets=name, committed=True).manifest for name in list_committed(place).targets
-        }
-        units = {name: len(found.units) for name, found in partial_tiers.items()}
-        tiers = {name: found.tiers[name] for name, found in partial_tiers.items()}
+    if sealed:
+        reader = open_cache(url, targets=None)
+        manifest, identity = reader.manifest, reader.identity
+        partial = dict.fromkeys(manifest.tiers, manifest)
+    else:
+        (identity, _), committed = read_identity(place), list_committed(place)
+        manifest = consolidate_tier(place, committed, None)
+        partial = {name: consolidate_tier(place, committed, name) for name in committed.targets}
     return {
         "format_version": 1,
         "sealed": sealed,
@@ -206,21 +209,22 @@ def describe(url: str) -> dict[str, Any]:
         **{name: identity[name] for name in ("teacher", "tokenizer", "prompts", "problems", "sampling")},
         "appended": [asdict(item) for item in manifest.appended],
         "units": len(manifest.units),
-        "sequences": len(reader),
+        "sequences": manifest.totals["sequences"],
         "tokens": manifest.totals["tokens"],
         "completion_tokens": manifest.totals["completion_tokens"],
         "flops": {"generate": manifest.flops.get("generate", 0), "score": manifest.flops.get("score", 0)},
         "targets": {
             name: {
                 "codec": tier.kind,
-                "units": units[name],
+                "units": len(found.units),
                 "bytes": tier.nbytes,
                 "shared_bytes": tier.shared_nbytes,
                 "bytes_per_token": tier.bytes_per_token,
                 "kl_nats": tier.kl_nats,
                 "engine_kl_nats": tier.engine_kl_nats,
             }
-            for name, tier in tiers.items()
+            for name, found in partial.items()
+            for tier in [found.tiers[name]]
         },
     }
 
@@ -274,6 +278,14 @@ def _run(job: _Job, share: Sequence[Unit], out: str, cluster: RayCluster | None)
         job(progress.add).run(share)
 
 
+def _teacher_dir(request: BuildRequest) -> Path:
+    """Where the teacher is. Where servers alone run it, a directory with its tokenizer and configuration is enough."""
+    directory = Path(request.teacher).expanduser()
+    if all(isinstance(engine, Served) for engine in request.engines) and (directory / "config.json").is_file():
+        return directory
+    return resolve_model(request.teacher)
+
+
 def _identity(
     request: BuildRequest,
     model_dir: Path,
@@ -283,11 +295,11 @@ def _identity(
     style: PromptStyle,
 ) -> dict[str, Any]:
     """All that decides a build's bytes; no path, user or credential is in it."""
-    vocabulary = tokenizer.get_vocab()
+    vocabulary, digest = tokenizer.get_vocab(), weights_fingerprint(model_dir)
     return {
         "teacher": {
             "name": model_display_name(request.teacher),
-            "fingerprint": weights_fingerprint(model_dir),
+            "fingerprint": digest if any(model_dir.glob("*.safetensors")) else f"{UNSEEN}{digest}",
             "vocab_size": max(vocabulary.values()) + 1,
             "dtype": request.dtype,
             "engine": teacher_identity(*request.engines),

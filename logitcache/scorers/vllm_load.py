@@ -39,6 +39,7 @@ def load_vllm_engine(
     batch_size: int | None = None,
     batch_tokens: int | None = None,
     kv_cache_bytes: int | None = None,
+    context_tokens: int | None = None,
     **options: Any,
 ) -> VLLMEngine:
     """A model directory as an engine in bfloat16 or float32 on whatever device this vLLM was built for.
@@ -49,6 +50,7 @@ def load_vllm_engine(
         batch_size: requests that run together; None leaves it to vLLM.
         batch_tokens: tokens in one forward pass, prompts are cut into chunks to fit; None leaves it to vLLM.
         kv_cache_bytes: memory for keys and values. None lets vLLM take its usual share of a GPU, or 1 GiB on a CPU.
+        context_tokens: the longest sequence that it will be given; None for the longest that the model takes.
         options: as `VLLMEngine`.
 
     Raises:
@@ -64,6 +66,7 @@ def load_vllm_engine(
         "max_num_seqs": batch_size,
         "max_num_batched_tokens": batch_tokens,
         "kv_cache_memory_bytes": kv_cache_bytes,
+        "max_model_len": context_tokens,
     }
     engine, config = _llm_engine(model_dir.name, arguments, max(vocabulary.values()) + 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

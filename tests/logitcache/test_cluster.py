@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -103,6 +104,24 @@ def test_a_killed_worker_changes_nothing(
     assert len(killed) == 1
     assert built["sealed"]
     assert files(out) == alone
+
+
+def test_appended_problems_are_those_of_one_process(
+    tiny_dir: Path, problems: Path, tmp_path: Path, cluster: RayCluster, alone: dict[str, bytes]
+) -> None:
+    more, built = tmp_path / "more.jsonl", list[dict[str, bytes]]()
+    rows = [{"id": f"q{n}", "problem": f"subtract {n} from {n * n}"} for n in range(5)]
+    more.write_text("\n".join(map(json.dumps, rows)))
+    for workers in (None, cluster):
+        out = tmp_path / str(len(built))
+        for name, content in alone.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(content)
+        wants = replace(request(tiny_dir, more, out), append=True)
+        told = build_cache(wants, sampling=SAMPLING, style=STYLE, cluster=workers)
+        assert (told["sealed"], told["units"], told["sequences"]) == (True, UNITS + 3, 2 * (2 * UNITS + 5))
+        built.append(files(out))
+    assert built[0] == built[1]
 
 
 def test_a_worker_that_always_dies_ends_the_build(tiny_dir: Path, problems: Path, cluster: RayCluster) -> None:

@@ -23,7 +23,8 @@ def cache(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def grid(cache: Path, model: Path, out: Path, *more: str) -> list[str]:
-    options = ["--student", str(model), "--teacher", str(model), "--out", str(out), *SIZE, "--checkpoint-every", "2"]
+    options = ["--student", str(model), "--teacher", str(model), "--out", str(out), *SIZE[2:]]
+    options += ["--steps", "24", "--checkpoint-every", "2"]  # enough that the kill finds the cell under way
     return ["grid", str(cache), *options, "--json", *more]
 
 
@@ -43,16 +44,15 @@ def test_a_killed_grid_goes_on_to_the_same_report(cache: Path, tiny_dir: Path, t
     done = trainer(*grid(cache, tiny_dir, whole))
     assert done.returncode == 0, done.stderr
     first = killed / "cells" / "teacher-forward" / "result.json"
-    for cell, steps in (("teacher-forward", 3), ("student-forward", 5)):
+    for cell in ("teacher-forward", "student-forward"):
         command = [sys.executable, "-m", "trainer.cli", *grid(cache, tiny_dir, killed)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         log = killed / "cells" / cell / "metrics.jsonl"
-        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= steps):
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
             time.sleep(0.002)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        assert first.exists() == (cell == "student-forward")
-    assert list((killed / "cells").glob("*/checkpoints/step-*")) != []
+        assert list((killed / "cells" / cell / "checkpoints").glob("step-*")) != []
     kept = first.stat().st_mtime_ns
 
     another = trainer(*grid(cache, tiny_dir, killed, "--seed", "1"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -207,6 +208,31 @@ def test_a_cache_is_built_from_a_server_alone_and_trains(
     refused = subprocess.run(score, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "a server scored it" in refused.stderr
+
+
+def test_a_cluster_asks_a_server_and_needs_no_weights(
+    server: Server, embedded_dir: Path, tiny_dir: Path, tmp_path: Path
+) -> None:
+    """Two workers on a real Ray; what is on this machine of the teacher is its tokenizer and its configuration."""
+    problems, out, known = tmp_path / "p.jsonl", tmp_path / "cache", tmp_path / "known"
+    problems.write_text("\n".join(json.dumps({"problem": f"What is {n} + {n}?"}) for n in range(6)))
+    load_tokenizer(embedded_dir).save_pretrained(known)
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(embedded_dir / name, known)
+    ray = ("--cluster", "ray", "--workers", "2", "--teacher", str(known))
+    done = subprocess.run(build(server, problems, out, *ray), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["sealed"], told["sequences"], told["units"]) == (True, 6, 3)
+    assert told["teacher"]["fingerprint"].startswith("unseen:")
+    for scored in open_cache(str(out), targets="topk").read(range(6)):
+        assert len(scored.targets) == scored.sequence.completion_tokens > 0
+
+    live = [sys.executable, "-m", "trainer.cli", "distill", str(out), "--student", str(tiny_dir), "--prefix", "student"]
+    live += ["--teacher", str(embedded_dir), "--out", str(tmp_path / "run"), "--held-out-share", "0.4"]
+    refused = subprocess.run(live, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "the cache was built by known, unseen:" in refused.stderr
 
 
 def files(cache: Path) -> dict[str, bytes]:

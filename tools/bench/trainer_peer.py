@@ -13,7 +13,8 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,11 +22,18 @@ from typing import Any
 import torch
 
 from logitcache.embedded import embedded_teacher_dir
-from logitcache.records import ScoredSequence
-from logitcache.scoring import HiddenStateRequest
+from logitcache.flops import ModelShape
+from logitcache.records import TokenSequence
+from logitcache.scorers.hf import load_engine
+from logitcache.scoring import Prompt, Sampling
 from logitcache.store import open_cache
-from trainer.batch import collate, teacher_head
-from trainer.objectives import Objective, token_mean
+from trainer.batch import teacher_head
+from trainer.flops import FlopLedger
+from trainer.loop import distill
+from trainer.objectives import Objective
+from trainer.prefixes import CachedPrefixes, OnPolicyPrefixes, PrefixSource, prompts_of
+from trainer.runs import MetricsLog
+from trainer.settings import Training
 from trainer.student import load_student
 
 CPU = torch.device("cpu")
@@ -60,41 +68,54 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): loading a model is not what is measured
 
 
-def _ours(work: Path, sequences: int, steps: int, *, live: bool) -> tuple[list[float], list[float]]:
+def _ours(work: Path, count: int, steps: int, *, live: bool) -> tuple[list[float], list[float]]:
+    """The training loop itself, as it is by default."""
     reader = open_cache(str(work / "cache"), targets="hidden")
     assert reader.head is not None
-    head = teacher_head(reader.head, CPU)
-    student = load_student(work / "student", vocab_size=reader.head.vocab_size)
-    optimizer = torch.optim.AdamW(student.parameters, lr=RATE, fused=True)
-    objective = Objective(forward_weight=1.0)
-    scored: Callable[[], list[ScoredSequence]] = lambda: reader.read(range(sequences))  # noqa: E731
+    sequences = reader.read_tokens(range(count))
+    window = max(one.completion_tokens for one in sequences)
+    training = Training(steps=steps + 1, sequences=count, window=window, learning_rate=RATE, warmup_steps=0)
+    student = load_student(work / "student", vocab_size=reader.head.vocab_size, precision=training.precision)
+    common: dict[str, Any] = {"plan": training.plan, "seed": training.seed, "device": CPU}
+    common["head"] = teacher_head(reader.head, CPU)
+    source: PrefixSource
     if live:
-        scored = _live_scores(reader.read_tokens(range(sequences)))
-    losses, seconds = [], []
-    _forget_peak()
-    for _ in range(steps + 1):
-        started = time.perf_counter()
-        batch = collate(scored(), head, CPU)
-        loss = token_mean(objective(student.head_over(batch), batch.targets).loss, batch.target_rows)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        seconds.append(time.perf_counter() - started)
-    return losses, seconds
+        teacher = load_engine(embedded_teacher_dir())
+        source = OnPolicyPrefixes(
+            generator=_Given(text={one.problem_id: one for one in sequences}),
+            scorer=teacher,
+            prompts=prompts_of(sequences),
+            sampling=Sampling(),
+            student_shape=student.shape,
+            teacher_shape=ModelShape.from_config(teacher.model.config.to_dict()),
+            **common,
+        )
+    else:
+        source = CachedPrefixes(reader=reader, indices=range(count), **common)
+    lines: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as out, MetricsLog(Path(out) / "metrics.jsonl") as metrics:
+        _forget_peak()
+        distill(
+            student=student,
+            source=source,
+            objective=Objective(forward_weight=1.0),
+            optimisation=training.optimisation,
+            ledger=FlopLedger(),
+            metrics=metrics,
+            on_step=lines.append,
+        )
+    return [line["loss_nats"] for line in lines], [line["step_s"] for line in lines]
 
 
-def _live_scores(sequences: Any) -> Callable[[], list[ScoredSequence]]:
-    from logitcache.scorers.hf import load_engine
+@dataclass(frozen=True, kw_only=True)
+class _Given:
+    """A generator that writes what it was given, by problem."""
 
-    teacher = load_engine(embedded_teacher_dir())
+    text: Mapping[str, TokenSequence]
 
-    def scored() -> list[ScoredSequence]:
-        targets = teacher.score(sequences, [HiddenStateRequest()])
-        return [ScoredSequence(sequence=s, targets=t[0]) for s, t in zip(sequences, targets, strict=True)]
-
-    return scored
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[TokenSequence]:
+        """See `Generator.generate`."""
+        return [self.text[prompt.problem_id] for prompt in prompts]
 
 
 def _gkd(

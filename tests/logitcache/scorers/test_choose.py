@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 
 from logitcache.errors import UserError
-from logitcache.jobs import BuildRequest
+from logitcache.jobs import BuildRequest, build_cache
+from logitcache.prompts import PromptStyle
 from logitcache.scorers.choose import EngineName, Served, parse_engine, scorer_of, teacher_identity
+from logitcache.scoring import Sampling
 
 
 def test_names() -> None:
@@ -43,3 +48,25 @@ def test_a_cache_that_a_server_scored_gets_no_more_targets() -> None:
     for generator in generators:
         with pytest.raises(UserError, match="a server scored it"):
             scorer_of(teacher_identity(generator, server))
+
+
+@pytest.mark.parametrize(
+    ("generator", "scorer"), [("transformers", "http://h:8000#m"), ("http://h:8000#m", "transformers")]
+)
+def test_whoever_runs_the_teacher_here_needs_its_weights(
+    generator: str, scorer: str, tiny_dir: Path, tmp_path: Path
+) -> None:
+    known, problems = tmp_path / "known", tmp_path / "p.jsonl"
+    shutil.copytree(tiny_dir, known, ignore=shutil.ignore_patterns("*.safetensors"))
+    problems.write_text('{"problem": "add"}')
+    wants = BuildRequest(
+        problems=str(problems),
+        out=str(tmp_path / "c"),
+        teacher=str(known),
+        targets="topk:k=8",
+        generator=generator,
+        scorer=scorer,
+    )
+    with pytest.raises(UserError, match=r"no config.json with \*.safetensors"):
+        build_cache(wants, sampling=Sampling(), style=PromptStyle())
+    assert not (tmp_path / "c").exists()
