@@ -124,7 +124,7 @@ def distill(
     from logitcache.identity import resolve_model
     from trainer.curriculum import CurriculumPlan, parse_floor
     from trainer.distributed import joined
-    from trainer.recipes.distill import run_distill
+    from trainer.recipes.distill import Distillation, run_distill
     from trainer.schedules import WeightSchedule
 
     plan = None
@@ -136,16 +136,18 @@ def distill(
             cache_url=cache,
             student_dir=resolve_model(student),
             out=out,
-            prefix=prefix,
-            weights=WeightSchedule.parse(forward_weight),
-            teacher=teacher,
+            distillation=Distillation(
+                prefix=prefix,
+                weights=WeightSchedule.parse(forward_weight),
+                teacher=teacher,
+                targets=targets,
+                student_share=student_share,
+                generator=generator,
+                curriculum=plan,
+                cross_entropy_share=cross_entropy_share,
+            ),
             training=training,
             sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k),
-            targets=targets,
-            student_share=student_share,
-            generator=generator,
-            curriculum=plan,
-            cross_entropy_share=cross_entropy_share,
             watch=watch,
             checkpoint_every=checkpoint_every,
             keep=keep,
@@ -203,11 +205,9 @@ def grid(
         json: print one JSON object.
     """
     from logitcache.identity import resolve_model
-    from trainer.distributed import require_alone
     from trainer.recipes.grid import run_grid
     from trainer.report import table
 
-    require_alone("grid")
     report = run_grid(
         cache_url=cache,
         student_dir=resolve_model(student),

@@ -204,8 +204,9 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_written(
     (encoder / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
     with pytest.raises(UserError, match="a BertModel"):
         run(encoder, problems, out)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="it trains on one"):
+    with pytest.raises(UserError, match="trainer grpo under torchrun: 2 processes"):
         run(model, problems, out)
     assert not out.exists()
 

@@ -24,7 +24,7 @@ from tools.studies.study import FLOOR, LADDER, Distilled, Rewarded, Size, Window
 from tools.studies.teacher import MODELS
 from trainer.curriculum import CurriculumPlan
 from trainer.policy.settings import PolicyTraining, RewardKind, Surrogate
-from trainer.recipes.distill import run_distill
+from trainer.recipes.distill import Distillation, run_distill
 from trainer.recipes.grpo import run_grpo
 from trainer.runs import write_json
 from trainer.schedules import WeightSchedule
@@ -65,9 +65,12 @@ def _distilled(run: Distilled, out: Path, work: Path, size: Size) -> dict[str, A
         cache_url=str(out / CACHE),
         student_dir=MODELS / "student",
         out=work,
-        prefix=run.prefix,
-        weights=WeightSchedule.constant(run.forward_weight),
-        teacher=str(MODELS / "teacher") if run.prefix is Prefix.STUDENT else None,
+        distillation=Distillation(
+            prefix=run.prefix,
+            weights=WeightSchedule.constant(run.forward_weight),
+            teacher=str(MODELS / "teacher") if run.prefix is Prefix.STUDENT else None,
+            curriculum=CurriculumPlan(lengths=LADDER, floor=FLOOR, check_every=size.check_every) if gated else None,
+        ),
         training=Training(
             steps=size.steps,
             sequences=size.sequences,
@@ -81,7 +84,6 @@ def _distilled(run: Distilled, out: Path, work: Path, size: Size) -> dict[str, A
             seed=run.seed,
         ),
         sampling=ANSWERED,
-        curriculum=CurriculumPlan(lengths=LADDER, floor=FLOOR, check_every=size.check_every) if gated else None,
         checkpoint_every=size.steps // size.points,
         keep=size.points,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
-from dataclasses import asdict, replace
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +49,105 @@ from trainer.student import Student
 from trainer.watch import Watch, require_watch, watching
 
 
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """What a student learns from, and what it minimises there.
+
+    Attributes:
+        prefix: who writes the text; `teacher` trains from the cache alone.
+        weights: of forward KL over the steps: 1 forward KL, 0 reverse KL.
+        teacher: the model that built the cache; needed for student and mixed prefixes, unused otherwise.
+        targets: the tier to train on; None for the one that says most. Student prefixes are scored live, exactly.
+        student_share: mixed prefixes: of each step's sequences.
+        generator: the engine that the student writes with, if it writes at all.
+        curriculum: in place of the training's window, which becomes the ladder's longest; held-out numbers are taken up
+            to that.
+        cross_entropy_share: of the loss, see `Objective`; teacher prefixes only.
+
+    Raises:
+        UserError: values that do not go together.
+    """
+
+    prefix: Prefix
+    weights: WeightSchedule
+    teacher: str | None = None
+    targets: str | None = None
+    student_share: float = 0.5
+    generator: StudentEngine = "transformers"
+    curriculum: CurriculumPlan | None = None
+    cross_entropy_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.prefix is Prefix.TEACHER:
+            return
+        if self.teacher is None:
+            raise UserError(f"{self.prefix} prefixes", "no teacher to score them", "name it with --teacher")
+        if self.cross_entropy_share:
+            found = "text of the student's own, which teaches it nothing by itself"
+            do = "use teacher prefixes, or leave it out"
+            raise UserError(f"--cross-entropy-share on {self.prefix} prefixes", found, do)
+
+    @property
+    def written_by(self) -> StudentEngine | None:
+        """The engine that the student writes with; None if it writes nothing, neither to learn nor to be checked."""
+        return None if self.prefix is Prefix.TEACHER and self.curriculum is None else self.generator
+
+    def objective(self, training: Training) -> Objective:
+        """What is minimised at the first step."""
+        return Objective(
+            forward_weight=self.weights.at(0),
+            temperature=training.kl_temperature,
+            backend=training.backend,
+            cross_entropy_share=self.cross_entropy_share,
+        )
+
+    def config(self) -> dict[str, Any]:
+        """As a run's configuration has it."""
+        return {
+            "prefix": str(self.prefix),
+            "forward_weight": str(self.weights),
+            "student_share": self.student_share if self.prefix is Prefix.MIXED else None,
+            "generator": self.written_by,
+            "curriculum": None if self.curriculum is None else asdict(self.curriculum),
+        }
+
+    def require_trainable(self, training: Training, ranks: Ranks) -> None:
+        """Raise UserError for what this machine or these settings cannot do."""
+        if self.written_by == "vllm":
+            from logitcache.scorers.vllm_load import require_vllm
+
+            require_vllm()
+        if self.prefix is Prefix.MIXED:
+            shares(training.plan, self.student_share)
+        if self.written_by is not None and ranks.size > 1:
+            found = "on each of them the student would write with the whole of its weights"
+            raise UserError(f"student-written text on {ranks.size} ranks", found, "train from the cache, or on one")
+        if training.sequences < ranks.size:
+            found, do = "fewer sequences than ranks", "give every rank one at least"
+            raise UserError(f"--sequences {training.sequences} on {ranks.size} ranks", found, do)
+
+    def require_served(self, training: Training, data: CacheData) -> None:
+        """Raise UserError unless the cache has what is to be learned from it."""
+        if self.prefix is Prefix.STUDENT:
+            return
+        asked = f"--window {training.window}" if self.curriculum is None else f"--curriculum up to {training.window}"
+        require_window(asked, training.window, data)
+        for weight in (self.weights.start, self.weights.end):
+            require_served(replace(self.objective(training), forward_weight=weight), data.kind)
+        if self.prefix is Prefix.MIXED and data.kind not in EXACT:
+            found = f"{data.kind} targets of the cache, which no metric may mix with the teacher's exact ones"
+            raise UserError("mixed prefixes", found, "train from hidden states or full vocabularies")
+        note(f"targets: tier {data.reader.tier} ({data.kind}); measured on tier {data.measured.tier}")
+
+
 def run_distill(
     *,
     cache_url: str,
     student_dir: Path,
     out: Path,
-    prefix: Prefix,
-    weights: WeightSchedule,
-    teacher: str | None,
+    distillation: Distillation,
     training: Training,
     sampling: Sampling,
-    targets: str | None = None,
-    student_share: float = 0.5,
-    generator: StudentEngine = "transformers",
-    curriculum: CurriculumPlan | None = None,
-    cross_entropy_share: float = 0.0,
     watch: Sequence[Watch] = (),
     checkpoint_every: int = 100,
     keep: int = 2,
@@ -75,17 +159,9 @@ def run_distill(
         cache_url: a sealed cache.
         student_dir: the model to start from.
         out: a new directory, or that of the same run, which goes on from its newest checkpoint.
-        prefix: who writes the text; `teacher` trains from the cache alone.
-        weights: of forward KL over the steps: 1 forward KL, 0 reverse KL.
-        teacher: the model that built the cache; needed for student and mixed prefixes, unused otherwise.
+        distillation: see `Distillation`.
         training: see `Training`.
         sampling: how the student writes.
-        targets: the tier to train on; None for the one that says most. Student prefixes are scored live, exactly.
-        student_share: mixed prefixes: of each step's sequences.
-        generator: the engine that the student writes with, if it writes at all.
-        curriculum: in place of the training's window, which becomes the ladder's longest; held-out numbers are taken up
-            to that.
-        cross_entropy_share: of the loss, see `Objective`; teacher prefixes only.
         watch: where the metrics go besides `metrics.jsonl`.
         checkpoint_every: steps between checkpoints; `keep` of them stay.
         keep: checkpoints that stay.
@@ -96,53 +172,21 @@ def run_distill(
         UserError: see the functions called; nothing is written before the inputs are sound.
     """
     require_watch(watch)
-    written_by = generator if prefix is not Prefix.TEACHER or curriculum is not None else None
-    if written_by == "vllm":
-        from logitcache.scorers.vllm_load import require_vllm
-
-        require_vllm()
-    if prefix is not Prefix.TEACHER and teacher is None:
-        raise UserError(f"{prefix} prefixes", "no teacher to score them", "name it with --teacher")
-    if prefix is Prefix.MIXED:
-        shares(training.plan, student_share)
+    curriculum, teacher = distillation.curriculum, distillation.teacher
     if curriculum is not None:
         training = replace(training, window=curriculum.lengths[-1])
-    if written_by is not None and ranks.size > 1:
-        found = "on each of them the student would write with the whole of its weights"
-        raise UserError(f"student-written text on {ranks.size} ranks", found, "train from the cache, or on one")
-    if training.sequences < ranks.size:
-        do = "give every rank one at least"
-        raise UserError(f"--sequences {training.sequences} on {ranks.size} ranks", "fewer sequences than ranks", do)
-    objective = Objective(
-        forward_weight=weights.at(0),
-        temperature=training.kl_temperature,
-        backend=training.backend,
-        cross_entropy_share=cross_entropy_share,
-    )
-    if prefix is not Prefix.TEACHER and cross_entropy_share:
-        found = "text of the student's own, which teaches it nothing by itself"
-        raise UserError(f"--cross-entropy-share on {prefix} prefixes", found, "use teacher prefixes, or leave it out")
+    distillation.require_trainable(training, ranks)
+    objective = distillation.objective(training)
     checkpoints = Checkpoints(directory=out / "checkpoints", every=checkpoint_every, keep=keep, ranks=ranks)
-    data = open_data(cache_url, student_dir, training, targets=targets)
-    if prefix is not Prefix.STUDENT:
-        asked = f"--window {training.window}" if curriculum is None else f"--curriculum up to {training.window}"
-        require_window(asked, training.window, data)
-        for weight in (weights.start, weights.end):
-            require_served(replace(objective, forward_weight=weight), data.kind)
-        if prefix is Prefix.MIXED and data.kind not in EXACT:
-            found = f"{data.kind} targets of the cache, which no metric may mix with the teacher's exact ones"
-            raise UserError("mixed prefixes", found, "train from hidden states or full vocabularies")
-        note(f"targets: tier {data.reader.tier} ({data.kind}); measured on tier {data.measured.tier}")
+    data = open_data(cache_url, student_dir, training, targets=distillation.targets)
+    distillation.require_served(training, data)
     student = open_student(data, student_dir, training)
     live = None
-    if prefix is not Prefix.TEACHER and teacher is not None:
+    if distillation.prefix is not Prefix.TEACHER and teacher is not None:
         require_teacher(teacher, data)
         live = load_live_teacher(teacher, data)
     config = configuration("distill", data, student_dir, training, sampling)
-    config |= {"prefix": str(prefix), "objective": asdict(objective), "forward_weight": str(weights)}
-    config |= {"student_share": student_share if prefix is Prefix.MIXED else None, "generator": written_by}
-    config |= {"ranks": ranks.size}
-    config |= {"curriculum": None if curriculum is None else asdict(curriculum)}
+    config |= {**distillation.config(), "objective": asdict(objective), "ranks": ranks.size}
     if ranks.agreed(ranks.first and open_run(out, config)):
         if (out / "result.json").exists():
             note(f"{out} is done already")
@@ -153,26 +197,28 @@ def run_distill(
             remove_leftovers(out)
     held_out = held_out_batches(data, student, training)
     before = _measured_before(student, held_out, training, out / "start.json", ranks)
-    engine = student_vllm_engine(data, student, student_dir, training) if written_by == "vllm" else None
-    writer = None if written_by is None else student_writer(data, student, live, engine)
-    source = _source(prefix, data, student, training, sampling, live, writer, student_share, ranks)
-    windows = None
-    if curriculum is not None and writer is not None:
-        windows = GatedWindows(
-            curriculum=Curriculum(curriculum),
-            source=source,
-            student=student,
-            writer=writer,
-            prompts=held_out_prompts(data, training),
-            sampling=replace(sampling, seed=training.seed),
-            micro_batch_tokens=training.micro_batch_tokens,
-        )
     first = checkpoints.latest() or 0
-    with (
-        watching(watch if ranks.first else (), out, config, first_step=first) as sinks,
-        Progress("distill", training.steps, "steps") as progress,
-        nullcontext() if engine is None else closing(engine),
-    ):
+    with ExitStack() as stack:
+        writer = None
+        if distillation.written_by is not None:
+            engine = None
+            if distillation.written_by == "vllm":
+                engine = stack.enter_context(closing(student_vllm_engine(data, student, student_dir, training)))
+            writer = student_writer(data, student, live, engine)
+        source = _source(distillation, data, student, training, sampling, live, writer, ranks)
+        windows = None
+        if curriculum is not None and writer is not None:
+            windows = GatedWindows(
+                curriculum=Curriculum(curriculum),
+                source=source,
+                student=student,
+                writer=writer,
+                prompts=held_out_prompts(data, training),
+                sampling=replace(sampling, seed=training.seed),
+                micro_batch_tokens=training.micro_batch_tokens,
+            )
+        sinks = stack.enter_context(watching(watch if ranks.first else (), out, config, first_step=first))
+        progress = stack.enter_context(Progress("distill", training.steps, "steps"))
         progress.add(first)
 
         def on_step(line: dict[str, Any]) -> None:
@@ -188,9 +234,15 @@ def run_distill(
             training=training,
             held_out=held_out,
             before=before,
-            run=CellRun(directory=out, on_step=on_step, checkpoints=checkpoints, weights=weights, windows=windows),
+            run=CellRun(
+                directory=out,
+                on_step=on_step,
+                checkpoints=checkpoints,
+                weights=distillation.weights,
+                windows=windows,
+            ),
         )
-    from_cache = prefix is not Prefix.STUDENT
+    from_cache = distillation.prefix is not Prefix.STUDENT
     build_flops = data.build_flops if from_cache else 0
     result = {
         "targets": data.reader.tier if from_cache else None,
@@ -206,21 +258,20 @@ def run_distill(
 
 
 def _source(
-    prefix: Prefix,
+    distillation: Distillation,
     data: CacheData,
     student: Student,
     training: Training,
     sampling: Sampling,
     live: LiveTeacher | None,
     writer: Writer | None,
-    student_share: float,
     ranks: Ranks,
 ) -> PrefixSource:
     if live is None or writer is None:
         return cached_source(data, student, training, ranks=ranks)
-    if prefix is Prefix.STUDENT:
+    if distillation.prefix is Prefix.STUDENT:
         return on_policy_source(data, student, training, live, sampling, generator=writer.generator)
-    cached, own = shares(training.plan, student_share)
+    cached, own = shares(training.plan, distillation.student_share)
     return MixedPrefixes(
         teacher=cached_source(data, student, training, cached),
         student=on_policy_source(data, student, training, live, sampling, generator=writer.generator, plan=own),

@@ -23,6 +23,7 @@ from trainer.benchmarks import benchmark_digest, load_benchmark
 from trainer.budget import BudgetedPrefixes
 from trainer.budget_report import summary, write_report
 from trainer.checkpoint import Checkpoints, remove_leftovers
+from trainer.distributed import require_alone
 from trainer.evaluate import evaluate
 from trainer.flops import FlopLedger
 from trainer.loop import distill
@@ -64,6 +65,7 @@ def run_equal_flops(setup: Setup, study: Study, out: Path) -> dict[str, Any]:
     Raises:
         UserError: see the functions called; nothing is written before the inputs are sound.
     """
+    require_alone("equal-flops")
     require_plotting()
     data = setup.open(study)
     with ExitStack() as stack:

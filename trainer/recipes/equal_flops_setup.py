@@ -19,7 +19,7 @@ from trainer.objectives import Objective, require_served
 from trainer.planning.costs import Pair, Text, step_cost
 from trainer.planning.models import model_shape
 from trainer.planning.study import Column, Study, require_a_step, steps_within
-from trainer.recipes.data import EXACT, CacheData, kind_of, open_data, require_teacher
+from trainer.recipes.data import EXACT, CacheData, kind_of, open_data, require_teacher, require_window
 from trainer.schedules import Decay
 from trainer.settings import Prefix, Training
 
@@ -93,6 +93,7 @@ class Setup:
         for weight in study.mixes:
             require_served(self.objective(weight), data.kind)
         require_teacher(self.teacher, data)
+        require_window(f"--window {self.training.window}", self.training.window, data)
         longest_prompt = pc.max(_trained_lengths(data)["prompt_tokens"]).as_py()
         require_a_step(_columns(self, study, data, longest_prompt, self.training.window), study.budgets[0])
         return data

@@ -21,6 +21,7 @@ from logitcache.console import Progress, note
 from logitcache.errors import UserError
 from logitcache.scoring import Sampling
 from trainer.checkpoint import Checkpoints
+from trainer.distributed import require_alone
 from trainer.evaluate import HeldOut, evaluate
 from trainer.flops import FlopLedger
 from trainer.objectives import Objective, require_served
@@ -40,6 +41,7 @@ from trainer.recipes.data import (
     open_data,
     open_student,
     require_teacher,
+    require_window,
     student_vllm_engine,
     student_writer,
 )
@@ -85,6 +87,7 @@ def run_grid(
         UserError: see the functions called; nothing is written before the inputs are sound.
     """
     started = time.perf_counter()
+    require_alone("grid")
     require_plotting()
     if generator == "vllm":
         from logitcache.scorers.vllm_load import require_vllm
@@ -108,6 +111,7 @@ def run_grid(
     for objective in objectives.values():
         require_served(objective, data.kind)
     require_teacher(teacher, data)
+    require_window(f"--window {training.window}", training.window, data)
     config = {
         **configuration("grid", data, student_dir, training, sampling),
         "students": students,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.console import Progress, note
-from logitcache.errors import UserError, require
+from logitcache.errors import require
 from logitcache.flops import ModelShape
 from logitcache.identity import weights_fingerprint
 from logitcache.prompts import PromptStyle
 from logitcache.scoring import Generator, Sampling
 from trainer.benchmarks import benchmark_digest, load_benchmark
 from trainer.checkpoint import Checkpoints, remove_leftovers
+from trainer.distributed import require_alone
 from trainer.flops import FlopLedger
 from trainer.policy.groups import Groups
 from trainer.policy.learner import Learner
@@ -77,8 +77,7 @@ def run_grpo(
         UserError: see the functions called; nothing is written before the inputs are sound.
     """
     require_watch(watch)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("GRPO on several ranks", "it trains on one", "start it without torchrun")
+    require_alone("grpo")
     require(sampling.temperature > 0, "--temperature, above 0: greedy answers are all the same", sampling.temperature)
     checkpoints = Checkpoints(directory=out / "checkpoints", every=checkpoint_every, keep=keep)
     asked = load_benchmark(problems)
