@@ -84,6 +84,8 @@ def _require_columns(student: LinearHead, teacher: DenseTargets) -> None:
     padded = student.shard is None and student.vocab_size is not None and have > want
     require(have == want or padded, "teacher columns", have, f"the student's {want}")
     require(teacher.start == student.start, "teacher columns' start", teacher.start, f"the student's {student.start}")
+    got, allowed = teacher.heaviest, teacher.heaviest_allowed
+    require(got <= allowed, "DenseTargets.log_probs mass of a row", got, f"at most 1 ({allowed:.4g} with rounding)")
 
 
 def _require_ids(student: LinearHead, teacher: TopKTargets | SampledTargets) -> None:

@@ -34,13 +34,13 @@ class EagerEngine:
         """As torch gives it."""
         return torch.empty(shape, dtype=dtype, device=like.device)
 
-    def weight_sums(self, weight_VD: Tensor, work: torch.dtype) -> WeightSums:
+    def weight_sums(self, head: LinearHead, work: torch.dtype) -> WeightSums:
         """In the work dtype."""
-        return WeightSums(high_VD=torch.zeros_like(weight_VD, dtype=work))
+        return WeightSums(sums_VD=torch.zeros_like(head.weight, dtype=work))
 
     def rounded(self, sums: WeightSums, factor: float, dtype: torch.dtype) -> Tensor:
         """Scaled in place and rounded once."""
-        return sums.high_VD.mul_(factor).to(dtype)
+        return sums.sums_VD.mul_(factor).to(dtype)
 
     def padded(self, rows: int) -> int:
         """No padding."""
@@ -76,12 +76,13 @@ class EagerEngine:
         """See `Products`."""
         hidden_ND, width = head.hidden[rows], head.local_width
         if sums.hidden_TD is not None:
-            sums.hidden_TD[rows] = _times_weight(gradient_NV, head.weight[:width], hidden_ND.dtype)
+            product_ND = _times_weight(gradient_NV, head.weight[:width], hidden_ND.dtype)
+            sums.hidden_TD[rows] = product_ND.to(sums.hidden_TD.dtype)
         if sums.bias_V is not None:
             sums.bias_V[:width] += weight_N.to(gradient_NV.dtype) @ gradient_NV
         if sums.weight is not None:
             weighted_ND = hidden_ND.to(gradient_NV.dtype) * weight_N.to(gradient_NV.dtype)[:, None]
-            _add_outer(sums.weight.high_VD[:width], gradient_NV, weighted_ND, hidden_ND.dtype)
+            _add_outer(sums.weight.sums_VD[:width], gradient_NV, weighted_ND, hidden_ND.dtype)
 
     def pair_sums(self, student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
         """See `RowMaths`."""

@@ -29,12 +29,15 @@ class WeightSums:
     """Where an engine sums the gradient of a head's weight, tile by tile.
 
     Attributes:
-        high_VD: the sums in the work dtype; or, where there is a `low_VD`, bfloat16 (truncated).
-        low_VD: uint8, the eight bits that follow those of `high_VD`; None where there are none.
+        sums_VD: the sums in the work dtype; or, where there are exponents, integers of 16 bits in a tensor of bfloat16.
+        exponents_VP: uint8, of what such an integer counts, shared by panels of columns; None where there are none.
+        scale_D: powers of two that columns are multiplied by while they are summed, so that those which share an
+            exponent are alike; there where exponents are.
     """
 
-    high_VD: Tensor
-    low_VD: Tensor | None = None
+    sums_VD: Tensor
+    exponents_VP: Tensor | None = None
+    scale_D: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,7 +45,8 @@ class HeadGradient:
     """Where the gradients of a head's inputs are summed; None for one that is not wanted.
 
     Attributes:
-        hidden_TD: work dtype; each row is written once.
+        hidden_TD: each row is written once; work dtype, but bfloat16 for bfloat16 states of a whole head: nothing of
+            T x D is then larger than the gradient, which is rounded again when it meets the upstream gradient.
         weight: tiles are added.
         bias_V: work dtype; tiles are added.
     """
@@ -56,9 +60,10 @@ class HeadGradient:
         """Sums at zero for those of hidden, weight and bias that want a gradient."""
         work = work_dtype(head.hidden.dtype)
         hidden, weight, bias = wanted
+        whole = head.shard is None and head.hidden.dtype == torch.bfloat16  # ranks add theirs up before rounding
         return cls(
-            hidden_TD=torch.zeros_like(head.hidden, dtype=work) if hidden else None,
-            weight=engine.weight_sums(head.weight, work) if weight else None,
+            hidden_TD=torch.zeros_like(head.hidden, dtype=torch.bfloat16 if whole else work) if hidden else None,
+            weight=engine.weight_sums(head, work) if weight else None,
             bias_V=torch.zeros_like(head.bias, dtype=work) if bias and head.bias is not None else None,
         )
 
@@ -86,8 +91,8 @@ class Products(Protocol):
         """Uninitialised memory on the device of `like`, of the kind this engine works fastest in."""
         ...
 
-    def weight_sums(self, weight_VD: Tensor, work: torch.dtype) -> WeightSums:
-        """Zeros to sum the gradient of `weight_VD` in."""
+    def weight_sums(self, head: LinearHead, work: torch.dtype) -> WeightSums:
+        """Zeros to sum the gradient of the head's weight in."""
         ...
 
     def rounded(self, sums: WeightSums, factor: float, dtype: torch.dtype) -> Tensor:

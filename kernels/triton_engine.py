@@ -52,9 +52,9 @@ class TritonEngine:
         """As torch gives it."""
         return self.products.empty(like, dtype, *shape)
 
-    def weight_sums(self, weight_VD: Tensor, work: torch.dtype) -> WeightSums:
+    def weight_sums(self, head: LinearHead, work: torch.dtype) -> WeightSums:
         """See `Products`."""
-        return self.products.weight_sums(weight_VD, work)
+        return self.products.weight_sums(head, work)
 
     def rounded(self, sums: WeightSums, factor: float, dtype: torch.dtype) -> Tensor:
         """See `Products`."""

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("native.cpp", "products.h", "rows.h", "vectors.h")
+SOURCES = ("native.cpp", "products.h", "rows.h", "sums.h", "vectors.h")
 FLAGS = (
     "-std=c++17",
     "-O3",

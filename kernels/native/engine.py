@@ -37,6 +37,13 @@ def _threads() -> ctypes.c_int:
     return ctypes.c_int(torch.get_num_threads())
 
 
+def _levelling(hidden_TD: Tensor) -> Tensor:
+    """float32[D]: powers of two that bring the columns' mean sizes, by some 256 of the rows, to 0.5..1."""
+    mean_D = hidden_TD[:: len(hidden_TD) // 256 + 1].float().abs().mean(0)
+    usable_D = torch.where((mean_D > 1e-30) & (mean_D < 1e30), mean_D, 1.0)
+    return torch.ldexp(torch.ones_like(usable_D), -torch.frexp(usable_D).exponent)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NativeEngine:
     """See `kernels.engine.Engine`.
@@ -75,21 +82,25 @@ class NativeEngine:
         self.library.advise_huge_pages(_at(memory), _long(memory.nbytes))
         return memory
 
-    def weight_sums(self, weight_VD: Tensor, work: torch.dtype) -> WeightSums:
-        """Float32; for a bfloat16 weight 24 bits in two planes, of which the first becomes the gradient."""
-        high_VD = self.empty(weight_VD, weight_VD.dtype, *weight_VD.shape).zero_()
-        if weight_VD.dtype == torch.float32:
-            return WeightSums(high_VD=high_VD)
-        return WeightSums(high_VD=high_VD, low_VD=self.empty(weight_VD, torch.uint8, *weight_VD.shape).zero_())
+    def weight_sums(self, head: LinearHead, work: torch.dtype) -> WeightSums:
+        """Float32; for a bfloat16 weight `Blocks` (sums.h), where exponents of zero make zeros of whatever is there."""
+        sums_VD = self.empty(head.weight, head.weight.dtype, *head.weight.shape)
+        if head.weight.dtype == torch.float32:
+            return WeightSums(sums_VD=sums_VD.zero_())
+        panels = -(-head.weight.shape[1] // self.panel)
+        exponents_VP = torch.zeros(len(head.weight), panels, dtype=torch.uint8)
+        return WeightSums(sums_VD=sums_VD, exponents_VP=exponents_VP, scale_D=_levelling(head.hidden))
 
     def rounded(self, sums: WeightSums, factor: float, dtype: torch.dtype) -> Tensor:
         """In the memory of the sums."""
-        if sums.low_VD is None:
-            return sums.high_VD.mul_(factor)
+        if sums.exponents_VP is None or sums.scale_D is None:
+            return sums.sums_VD.mul_(factor)
+        vocab, width = sums.sums_VD.shape
+        factors_D = factor / sums.scale_D
         self.library.round_sums(
-            _at(sums.high_VD), _at(sums.low_VD), _long(sums.low_VD.numel()), _float(factor), _threads()
+            _at(sums.sums_VD), _at(sums.exponents_VP), _at(factors_D), _long(vocab), _long(width), _threads()
         )
-        return sums.high_VD
+        return sums.sums_VD
 
     def padded(self, rows: int) -> int:
         """Rows up to a whole panel."""
@@ -120,16 +131,19 @@ class NativeEngine:
     ) -> None:
         """See `Products`."""
         weight_N = weight_N.float().contiguous()
-        weighted_ND = (head.hidden[rows] * weight_N[:, None]).to(head.hidden.dtype).contiguous()
+        weighted_ND = head.hidden[rows] * weight_N[:, None]
+        if sums.weight and sums.weight.scale_D is not None:
+            weighted_ND *= sums.weight.scale_D
+        weighted_ND = weighted_ND.to(head.hidden.dtype).contiguous()
         head_weight = head.weight.contiguous()
         hidden_ND = None if sums.hidden_TD is None else torch.empty(weighted_ND.shape)
-        high_VD, low_VD = (sums.weight.high_VD, sums.weight.low_VD) if sums.weight else (None, None)
+        sums_VD, exponents_VP = (sums.weight.sums_VD, sums.weight.exponents_VP) if sums.weight else (None, None)
         self._function("backward", head)(
             _at(gradient_NV), _at(weighted_ND), _at(head_weight), _at(weight_N), _at(hidden_ND),
-            _at(high_VD), _at(low_VD), _at(sums.bias_V), *self._shape(head, len(weighted_ND)), _threads(),
+            _at(sums_VD), _at(exponents_VP), _at(sums.bias_V), *self._shape(head, len(weighted_ND)), _threads(),
         )  # fmt: skip
         if sums.hidden_TD is not None and hidden_ND is not None:
-            sums.hidden_TD[rows] = hidden_ND
+            sums.hidden_TD[rows] = hidden_ND.to(sums.hidden_TD.dtype)
 
     def pair_sums(self, student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
         """See `RowMaths`."""

@@ -50,14 +50,18 @@ void logits(const typename Op::Item* x, const Weight* w, const float* bias, floa
     pack_columns<Op>(x, tokens, width, steps, packed.data);
 #pragma omp parallel num_threads(threads)
     {
-        // Rows a power of two apart would share the cache's sets: lay them a little more than `width` apart.
-        const long pitch = width + 64 / sizeof(typename Op::Item) + (width % Op::K);
-        Scratch<typename Op::Item> block(MR * pitch);
+        // Multiplied where they lie, except rows a whole page apart, which would share the sets of the first cache and
+        // are copied a line further apart, and short ones, for which the processor waits longer than a copy takes.
+        const long bytes = width * sizeof(Weight);
+        const bool copied = sizeof(Weight) != sizeof(typename Op::Item) || bytes % 4096 == 0 || bytes < 2048;
+        const long pitch = copied ? width + 64 / sizeof(typename Op::Item) + width % Op::K : width;
+        Scratch<typename Op::Item> block(copied ? MR * pitch : 0);
         const Range mine = share(vocab, MR);
         for (long v = mine.first; v < mine.last; v += MR) {
             const long rows = std::min<long>(MR, mine.last - v);
-            for (long r = 0; r < rows; r++) convert(w + (v + r) * width, width, block.data + r * pitch);
-            const Unit* a = reinterpret_cast<const Unit*>(block.data);
+            for (long r = 0; copied && r < rows; r++) convert(w + (v + r) * width, width, block.data + r * pitch);
+            const void* from = copied ? static_cast<const void*>(block.data) : w + v * width;
+            const Unit* a = static_cast<const Unit*>(from);
             const char* next = reinterpret_cast<const char*>(w + (v + rows) * width);
             const long ahead = std::min<long>(MR, mine.last - v - rows) * width * long(sizeof(Weight)) / (ld / PANEL);
             for (long p = 0; p < ld / PANEL; p++, next += ahead) {
@@ -65,7 +69,7 @@ void logits(const typename Op::Item* x, const Weight* w, const float* bias, floa
                 const Unit* b = packed.data + p * steps * PANEL;
                 for (long k = 0; k < steps; k += Op::RUN)
                     tiles<Op>(rows, std::min(Op::RUN, steps - k), a + k, pitch / Op::K, 1, b + k * PANEL,
-                              z + v * ld + p * PANEL, ld, k > 0);
+                              Floats{z + v * ld, ld}.panel(p), k > 0);
             }
             if (bias || scale != 1 || cap > 0) finish(z + v * ld, rows, ld, bias ? bias + v : nullptr, scale, cap);
         }
@@ -86,25 +90,27 @@ void gradient_units(const float* g, long rows, long tokens, long ld, typename Op
     }
 }
 
-// What the gradient of a weight is summed in: floats for float32, the two planes of `Split` for bfloat16.
+// What the gradient of a weight is summed in: see sums.h.
 template <class Weight> struct Sums;
 template <> struct Sums<float> {
-    typedef float* At;
-    static At at(void* high, uint8_t*) { return static_cast<float*>(high); }
+    typedef Floats Out;
+    static Out at(void* first, uint8_t*, long pitch) { return {static_cast<float*>(first), pitch}; }
 };
 template <> struct Sums<uint16_t> {
-    typedef Split At;
-    static At at(void* high, uint8_t* low) { return {static_cast<uint16_t*>(high), low}; }
+    typedef Blocks Out;
+    static Out at(void* first, uint8_t* exponents, long pitch) {
+        return {static_cast<int16_t*>(first), exponents, pitch, panels(pitch)};
+    }
 };
 
 template <class Op, class Weight>
 struct Backward {
     typedef typename Op::Unit Unit;
-    typedef typename Sums<Weight>::At At;
+    typedef typename Sums<Weight>::Out Out;
     const Weight* w;
     const float* g;
     const Unit* packed_x;
-    At dw;
+    Out dw;
     float* db;
     const float* token_weight;
     long tokens, width, ld;
@@ -113,7 +119,8 @@ struct Backward {
         const long steps = (rows + Op::K - 1) / Op::K;
         pack_rows<Op>(as_items(w + v * width, rows * width, converted), rows, width, steps, packed_w);
         for (long p = 0; p < panels(width); p++)
-            tiles<Op>(tokens, steps, along_v, 1, ld, packed_w + p * steps * PANEL, sums + p * tokens * PANEL, PANEL, true);
+            tiles<Op>(tokens, steps, along_v, 1, ld, packed_w + p * steps * PANEL,
+                      Floats{sums + p * tokens * PANEL, PANEL}, true);
     }
 
     // `next` rows of the weight follow: they are fetched meanwhile, for `hidden` waits for memory otherwise.
@@ -122,22 +129,23 @@ struct Backward {
         const char* ahead = reinterpret_cast<const char*>(w + (v + rows) * width);
         const long bytes = next * width * long(sizeof(Weight)) / (panels(width) * ((rows + MR - 1) / MR));
         alignas(64) float room[MR * PANEL] = {};
-        const At edge = Sums<Weight>::at(room, reinterpret_cast<uint8_t*>(room + MR * PANEL / 2));
+        uint8_t exponents[MR] = {};
+        const Out edge = Sums<Weight>::at(room, exponents, PANEL);
         for (long r = 0; r < rows; r += MR) {
             const long count = std::min<long>(MR, rows - r);
             for (long p = 0; p < panels(width); p++) {
-                const At to = dw + ((v + r) * width + p * PANEL);
+                const Out to = dw.down(v + r).panel(p);
                 const long columns = std::min<long>(PANEL, width - p * PANEL);
                 const Unit *a = along_n + r * steps, *b = packed_x + p * steps * PANEL;
                 for (long line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 1);
                 ahead += bytes;
                 if (columns == PANEL) {
-                    tiles<Op>(count, steps, a, steps, 1, b, to, width, true);
+                    tiles<Op>(count, steps, a, steps, 1, b, to, true);
                     continue;
                 }
-                for (long i = 0; i < count; i++) copy(to + i * width, columns, edge + i * PANEL);
-                tiles<Op>(count, steps, a, steps, 1, b, edge, PANEL, true);
-                for (long i = 0; i < count; i++) copy(edge + i * PANEL, columns, to + i * width);
+                to.copy_to(edge, count, columns);
+                tiles<Op>(count, steps, a, steps, 1, b, edge, true);
+                edge.copy_to(to, count, columns);
             }
         }
     }
@@ -149,15 +157,17 @@ struct Backward {
 };
 
 // dx[tokens, width] = G^T W; dw[vocab, width] += G weighted_x; db[vocab] += G token_weight. Null outputs are skipped.
-// dw is float32, or the high plane of a `Split` whose low plane is dw_low.
+// dw is float32, or the 16-bit values of `Blocks` whose exponents are dw_exponents[vocab, panels(width)].
 template <class Op, class Weight>
 void backward(const float* g, const typename Op::Item* weighted_x, const Weight* w, const float* token_weight,
-              float* dx, void* dw, uint8_t* dw_low, float* db, long tokens, long vocab, long width, long ld, int threads) {
+              float* dx, void* dw, uint8_t* dw_exponents, float* db, long tokens, long vocab, long width, long ld,
+              int threads) {
     typedef typename Op::Unit Unit;
     const long steps = ld / Op::K, columns = panels(width) * PANEL;
     Scratch<Unit> packed_x(dw ? columns * steps : 0);
     if (dw) pack_rows<Op>(weighted_x, tokens, width, steps, packed_x.data);
-    const Backward<Op, Weight> job{w, g, packed_x.data, Sums<Weight>::at(dw, dw_low), db, token_weight, tokens, width, ld};
+    const auto sums_of_w = Sums<Weight>::at(dw, dw_exponents, width);
+    const Backward<Op, Weight> job{w, g, packed_x.data, sums_of_w, db, token_weight, tokens, width, ld};
     std::vector<std::unique_ptr<Scratch<float>>> sums(threads);
 #pragma omp parallel num_threads(threads)
     {
@@ -226,10 +236,10 @@ void pair_gradient_pass(float* zs, const float* zt, long vocab, long ld, const P
                               long vocab, long width, long ld, float scale, float cap, int threads) {                \
         logits<Op, Weight>(x, w, bias, z, tokens, vocab, width, ld, scale, cap, threads);                            \
     }                                                                                                                 \
-    EXPORT void backward_##name(const float* g, const Op::Item* x, const Weight* w, const float* token_weight,       \
-                                float* dx, void* dw, uint8_t* dw_low, float* db, long tokens, long vocab, long width, \
-                                long ld, int threads) {                                                               \
-        backward<Op, Weight>(g, x, w, token_weight, dx, dw, dw_low, db, tokens, vocab, width, ld, threads);          \
+    EXPORT void backward_##name(const float* g, const Op::Item* x, const Weight* w, const float* token_weight,        \
+                                float* dx, void* dw, uint8_t* dw_exponents, float* db, long tokens, long vocab,       \
+                                long width, long ld, int threads) {                                                   \
+        backward<Op, Weight>(g, x, w, token_weight, dx, dw, dw_exponents, db, tokens, vocab, width, ld, threads);     \
     }
 HEAD(f32_f32, F32, float)
 HEAD(f32_bf16, F32, uint16_t)
@@ -282,16 +292,18 @@ EXPORT void solo_gradient_into(float* z, long vocab, long ld, const float* rows,
         }
 }
 
-// high[count], with low[count] the next eight bits, becomes the bfloat16 nearest to factor times the sum.
-EXPORT void round_sums(uint16_t* high, const uint8_t* low, long count, float factor, int threads) {
+// Sums of `Blocks`, first[vocab, width], become the bfloat16 nearest to them times factors[width].
+EXPORT void round_sums(uint16_t* first, uint8_t* exponents, const float* factors, long vocab, long width, int threads) {
+    const Blocks sums = Sums<uint16_t>::at(first, exponents, width);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long from = 0; from < count; from += BLOCK * VL) {
-        alignas(64) float block[BLOCK * VL];
-        const long some = std::min(BLOCK * VL, count - from);
-        for (long i = 0; i < some; i++)
-            block[i] = as_float(uint32_t(high[from + i]) << 16 | uint32_t(low[from + i]) << 8) * factor;
-        convert(block, some, high + from);
-    }
+    for (long v = 0; v < vocab; v++)
+        for (long p = 0; p < panels(width); p++) {
+            const Blocks from = sums.down(v).panel(p);
+            const long columns = std::min<long>(PANEL, width - p * PANEL);
+            float block[PANEL];
+            for (long i = 0; i < columns; i++) block[i] = from.first[i] * from.unit(0) * factors[p * PANEL + i];
+            convert(block, columns, first + v * width + p * PANEL);
+        }
 }
 
 EXPORT void advise_huge_pages(void* memory, long bytes) {

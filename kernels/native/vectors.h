@@ -39,37 +39,14 @@ static inline uint16_t narrow(float f) {
     return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
-static inline void prefetch(float* p) { __builtin_prefetch(p, 1); }
-
-// Floats of 24 bits in two planes: a bfloat16, truncated, and the eight bits after it. What a bfloat16 gradient is summed
-// in: 1 byte beside the 2 it ends in, and 256 times finer. Rounded to nearest even. A NaN made from bfloat16 stays one.
-struct Split {
-    uint16_t* high;
-    uint8_t* low;
-    Split operator+(long count) const { return {high + count, low + count}; }
-};
-
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
-typedef uint16_t vu16 __attribute__((vector_size(VL * 2)));
-typedef uint8_t vu8 __attribute__((vector_size(VL)));
+typedef int16_t vi16 __attribute__((vector_size(VL * 2)));
 
-static inline vf load(Split p) {
-    vu16 high;
-    vu8 low;
-    std::memcpy(&high, p.high, sizeof high), std::memcpy(&low, p.low, sizeof low);
-    return (vf)((__builtin_convertvector(high, vu) << 16) | (__builtin_convertvector(low, vu) << 8));
+static inline uint32_t largest(vu x) {
+    uint32_t found = 0;
+    for (int i = 0; i < VL; i++) found = found > x[i] ? found : x[i];
+    return found;
 }
-static inline void store(Split p, vf value) {
-    const vu bits = (vu)value, rounded = bits + 0x7fu + ((bits >> 8) & 1u);
-    const vu16 high = __builtin_convertvector(rounded >> 16, vu16);
-    const vu8 low = __builtin_convertvector(rounded >> 8, vu8);
-    std::memcpy(p.high, &high, sizeof high), std::memcpy(p.low, &low, sizeof low);
-}
-static inline void copy(Split from, long count, Split to) {
-    std::memcpy(to.high, from.high, count * sizeof *to.high), std::memcpy(to.low, from.low, count);
-}
-static inline void copy(const float* from, long count, float* to) { std::memcpy(to, from, count * sizeof *to); }
-static inline void prefetch(Split p) { __builtin_prefetch(p.high, 1), __builtin_prefetch(p.low, 1); }
 
 // e^x for x <= 88, within 1.2 ulp; 0 below -87.3 (a probability under 1.2e-38), -inf included.
 // Cody-Waite reduction and the minimax polynomial of Cephes' expf.

@@ -24,6 +24,13 @@ def tensors(**changes: object) -> Callable[[], object]:
     return lambda: replace(TOP, **changes)  # type: ignore[arg-type]
 
 
+def dense(last: torch.Tensor) -> Callable[[], object]:
+    """A student against rows of mass 1, but for the last entry of the last of them, otherwise 0.1."""
+    log_probs = torch.full((4, 10), 0.1).log()
+    log_probs[-1, -1] = last
+    return lambda: kernels.forward_kl(STUDENT, DenseTargets(log_probs=log_probs))
+
+
 def sharded(whole: LinearHead, start: int) -> LinearHead:
     return replace(whole, shard=VocabShard(start=start), vocab_size=30)
 
@@ -75,10 +82,11 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "mix": (lambda: kernels.mixed_kl(STUDENT, TEACHER, forward_weight=1.5), "forward_weight: got 1.5"),
     "log-prob above 0": (tensors(log_probs=torch.full((12,), 0.5)), "log_probs maximum: got 0.5"),
     "log-prob NaN": (tensors(log_probs=torch.full((12,), NAN)), "log_probs maximum: got nan"),
-    "dense log-prob NaN": (lambda: DenseTargets(log_probs=torch.full((2, 3), NAN)), "maximum: got nan"),
+    "dense log-prob NaN": (dense(torch.tensor(NAN)), "mass of a row: got nan, expected at most 1"),
     "tail above 0": (tensors(tail_log_mass=torch.full((4,), 0.1)), "tail_log_mass maximum"),
     "mass above 1": (tensors(log_probs=torch.full((12,), -0.1)), "mass: got"),
-    "dense log-prob above 0": (lambda: DenseTargets(log_probs=torch.ones(2, 3)), "maximum: got 1.0"),
+    "dense log-prob above 0": (dense(torch.tensor(0.01)), "mass of a row: got 1.9"),
+    "dense mass above 1": (dense(torch.tensor(0.102).log()), r"mass of a row: got 1.002.*, expected at most 1 \(1.001"),
     "dense neither": (lambda: DenseTargets(), "expected one of the two"),
     "id too large": (tensors(ids=TOP.ids + 10), ""),
     "ids repeated": (tensors(ids=torch.zeros(12, dtype=torch.int32)), "repeated or descending"),
@@ -123,6 +131,17 @@ def test_k_above_the_vocabulary() -> None:
     wide = top_k(log_probs_of(head(4, 12, 6, 1)), [12] * 4)
     with pytest.raises(ValueError, match="k, the kept ids of a row,: got 12, expected at most the vocabulary, 10"):
         kernels.forward_kl_coarse(STUDENT, wide)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dense_log_probs_may_be_rounded_and_their_mass_is_added_up_once(dtype: torch.dtype) -> None:
+    """Even log-probabilities that all round the same way: log(1 / 128,256) is 0.012 above itself in bfloat16."""
+    vocab = 128_256
+    student = head(9, vocab, 4, 0)
+    targets = DenseTargets(log_probs=torch.full((9, vocab), 1 / vocab).log().to(dtype))
+    kernels.forward_kl(student, targets)
+    assert (targets.heaviest > 1.01) == (dtype == torch.bfloat16)
+    assert vars(targets)["heaviest"] == targets.heaviest
 
 
 def test_matching_fingerprints_and_valid_samples_are_accepted() -> None:

@@ -95,7 +95,9 @@ def rank_main(rank: int, init: str) -> None:
                     expected = truth[key][mine] if key in ("weight", "bias") else truth[key]
                     alone = whole[key][mine] if key in ("weight", "bias") else whole[key]
                     errors = relative_error(value, expected), relative_error(alone, expected)
-                    assert errors[0] <= 1.05 * errors[1] + 1e-6, (name, kind, backend, key, errors)
+                    # a whole head rounds the gradient of bfloat16 states once more: either may be the luckier one
+                    luck = 2**-8 if value.dtype == torch.bfloat16 and key == "hidden" else 1e-6
+                    assert errors[0] <= 1.05 * errors[1] + luck, (name, kind, backend, key, errors)
                 frozen = replace(shard_of(student, rank), hidden=student.hidden.clone().requires_grad_())
                 got = run(frozen, targets_shard(targets, rank), backend, some)
                 assert torch.equal(got["hidden"], part["hidden"]), (name, kind, backend)

@@ -80,6 +80,50 @@ def test_many_tiles_are_no_worse_than_one(backend: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_a_column_of_outliers_costs_its_neighbours_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One dimension of the states is 512 times the others, as in real models: the others' gradients are as exact."""
+    monkeypatch.setattr(chunked, "TILE_BYTES", 2 * 4 * 301 * 4)  # four rows a tile
+    student, teacher = (head(64, 301, 38, seed, dtype=torch.bfloat16) for seed in (1, 2))
+    loud = torch.ones(38).index_fill_(0, torch.tensor(7), 512)
+    stretched = replace(student, hidden=student.hidden * loud.bfloat16(), weight=student.weight / loud.bfloat16())
+    quiet = loud == 1
+    found = []
+    for one in (student, stretched):
+        grads = []
+        for name in ("reference", backend):
+            copy = trainable(one)
+            kernels.forward_kl(copy, teacher, backend=name).loss.mean().backward()  # type: ignore[arg-type]
+            grads.append(gradients(copy)["weight"][:, quiet])
+        found.append(relative_error(grads[1], grads[0]))
+    assert found[1] <= 1.05 * found[0] + 1e-6
+
+
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_masked_rows(backend: str) -> None:
+    """Rows that are not computed get no gradient; the others get theirs."""
+    student, teacher, grads = head(9, 40, 38, 1, dtype=torch.bfloat16), head(9, 40, 38, 2, dtype=torch.bfloat16), []
+    for name in ("reference", backend):
+        copy = trainable(student)
+        out = kernels.forward_kl(copy, teacher, backend=name, row_mask=torch.arange(9) % 4 != 1)  # type: ignore[arg-type]
+        out.loss.mean().backward()
+        grads.append(gradients(copy))
+    assert not grads[1]["hidden"][1::4].any()
+    for key, truth in grads[0].items():
+        assert relative_error(grads[1][key], truth) <= 8e-3, key
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("backend", ["chunked", "native"])
+def test_what_is_not_finite_stays_so(backend: str, bad: float) -> None:
+    """A state that overflowed must show in the head's gradient, or a training loop cannot skip the step."""
+    student, teacher = (head(5, 40, 38, seed, dtype=torch.bfloat16) for seed in (1, 2))
+    student.hidden[3, 4] = bad
+    copy = trainable(student)
+    kernels.forward_kl(copy, teacher, backend=backend).loss.mean().backward()  # type: ignore[arg-type]
+    assert not gradients(copy)["weight"].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", ["chunked", "native"])
 def test_float32_master_weights_under_bfloat16_states(backend: str) -> None:
     """As under autocast: products in bfloat16, the head's gradient in float32."""
     student = head(33, 301, 32, 1)
