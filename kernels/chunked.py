@@ -44,9 +44,10 @@ def divergence(call: Call, engine: Engine) -> KLOutput:
         if isinstance(head, LinearHead):
             engine.require_servable(head)
     student = call.student
-    loss, forward, reverse, student_entropy, teacher_entropy = _Divergence.apply(
-        student.hidden, student.weight, student.bias, Plan.of(call, engine)
-    )
+    learns: tuple[Tensor | None, ...] = (student.hidden, student.weight, student.bias)
+    if not torch.is_grad_enabled():  # a `Function` is not told, and would add gradients up that nobody asks for
+        learns = tuple(None if tensor is None else tensor.detach() for tensor in learns)
+    loss, forward, reverse, student_entropy, teacher_entropy = _Divergence.apply(*learns, Plan.of(call, engine))
     return KLOutput(
         loss=loss,
         forward_kl=forward,

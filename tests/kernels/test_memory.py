@@ -50,3 +50,26 @@ def test_peak_is_a_tile_and_flat_in_rows(backend: str, kind: str) -> None:
     few, many = map(float, done.stdout.split())
     assert many <= 24, "MiB beyond the gradients: tiles, a few numbers a row, a library's workspace"
     assert many - few <= 4, "MiB more for eight times the rows: hidden-sized buffers only"
+
+
+UNASKED = """
+import torch, kernels
+from kernels import chunked
+from tools.bench.kernels_memory import peak_extra_bytes
+from tests.kernels.cases import head
+
+chunked.TILE_BYTES = 4 << 20
+student, targets = head(64, 100_003, 128, 1), head(64, 100_003, 128, 2)
+student.hidden.requires_grad_(), student.weight.requires_grad_()
+def measure():
+    with torch.no_grad():
+        return kernels.forward_kl(student, targets, backend="native").loss
+measure()
+print(peak_extra_bytes(measure) / student.weight.nbytes)
+"""
+
+
+def test_without_autograd_no_gradient_is_held() -> None:
+    """Evaluating a student whose weights ask for a gradient: their own size would be the half of what is measured."""
+    done = subprocess.run([sys.executable, "-c", UNASKED], check=True, capture_output=True, text=True)
+    assert float(done.stdout) < 0.5

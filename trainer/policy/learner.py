@@ -7,7 +7,7 @@ none has one, weights and optimizer are left alone; no `[tokens, vocabulary]` te
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ class Learner:
     def measure(self, part: Part, ledger: FlopLedger, step: int) -> Tensor:
         """Entropy of each row, float32[R], of answers that are not trained on."""
         with torch.no_grad():
-            entropy = self.log_probs(_detached(self.policy.head_over(part.batch)), part).student_entropy
+            entropy = self.log_probs(self.policy.head_over(part.batch), part).student_entropy
         add_evaluation(ledger, self.policy.shape, part.batch, teacher_head_flops=0, step=step)
         return entropy
 
@@ -111,8 +111,7 @@ class Learner:
         """Ask the reference, if there is one."""
         if self.reference is not None:
             with torch.no_grad():
-                over = _detached(self.reference.head_over(part.batch))
-                part.reference = self.log_probs(over, part).log_probs
+                part.reference = self.log_probs(self.reference.head_over(part.batch), part).log_probs
             cost = forward(self.reference.shape, part.batch.sequence_lengths, head_rows=part.batch.target_rows)
             ledger.add(Phase.REFERENCE_FORWARD, cost, step=step)
 
@@ -130,7 +129,7 @@ class Learner:
         at = torch.zeros_like(part.advantage)
         if not part.known:
             with torch.no_grad():
-                at = self.log_probs(_detached(over), part).log_probs
+                at = self.log_probs(over, part).log_probs
             ledger.add(Phase.STUDENT_FORWARD, head(self.policy.shape, batch.target_rows), step=step)
         old = at if part.old is None else part.old
         leaf = at.detach().requires_grad_()
@@ -180,9 +179,3 @@ class Learner:
             "student_entropy_nats": entropy / sum(one.completion_tokens for one in drawn.sequences),
             "grad_norm": grad_norm / updates,
         }
-
-
-def _detached(over: LinearHead) -> LinearHead:
-    """A head that asks for no gradient: with one, the kernel would add up its weights' in the same pass."""
-    bias = None if over.bias is None else over.bias.detach()
-    return replace(over, hidden=over.hidden.detach(), weight=over.weight.detach(), bias=bias)
