@@ -409,7 +409,7 @@ def report(*runs: Path, out: Path, json: bool = False) -> None:
     Example: trainer report runs/forward runs/reverse --out runs/compared
 
     Args:
-        runs: the --out of `distill` or `grid`, one or more.
+        runs: the --out of `distill` or `grpo`, or a cell of a `grid`, one or more.
         out: without ending: OUT.md and OUT.png are written, over what is there.
         json: print one JSON object.
     """
