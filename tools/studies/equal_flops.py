@@ -87,7 +87,7 @@ def _commands(name: Name, place: Path, data: str, quick: bool) -> list[tuple[Pat
             problems, teacher = place / "world", MODELS / "teacher"
             size = f"--problems-per-unit 512 --limit {512 if quick else 4096} --targets full --dtype float32 {WORLD}"
             budgets = "1e11" if quick else "7.5e11 1.5e12 3e12"
-            training = "--window 96 --sequences 32 --learning-rate 1e-3 --precision float32"
+            training = "--window 96 --sequences 32 --learning-rate 5e-4 --precision float32"
             answers = f"--problems {problems}/easy.jsonl --limit {20 if quick else 100} --samples 4 {WORLD}"
             equal = (
                 f"--student {MODELS / 'student'} --teacher {teacher} --budgets {budgets} {training} {answers} {runs}"
