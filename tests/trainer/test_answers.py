@@ -100,5 +100,5 @@ def test_answers_that_cannot_be_checked_are_refused_before_anything_is_written(c
 def test_without_the_library_the_error_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('No module named math_verify')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"No module named math_verify.*pip install math-verify"):
+    with pytest.raises(UserError, match=r"No module named math_verify.*pip install 'logitcache\[evaluate\]'"):
         AnswerChecker()
