@@ -402,7 +402,7 @@ def test_what_is_not_exact_is_named_so(tier: str, ending: str, tiers: Path, star
 def test_what_a_tier_cannot_serve_is_refused(
     options: list[str], found: str, tiers: Path, start: Path, tmp_path: Path
 ) -> None:
-    done = trainer("distill", tiers, "--student", start, "--out", tmp_path / "out", *options)
+    done = trainer("distill", tiers, "--student", start, "--out", tmp_path / "out", "--window", "12", *options)
     assert done.returncode == 2
     assert found in done.stderr
     assert not (tmp_path / "out").exists()
