@@ -6,7 +6,8 @@
 `<!-- goals: NAME -->` to `<!-- end -->` holds the goals of tools/bench/results/NAME.json: what was asked, what was
 measured, whether it holds, and on what. `<!-- demo -->` holds the grid of the kept report of `make demo`,
 `<!-- paper -->` the FLOPs of the paper's steps, `<!-- break-even -->` from when on a cache pays,
-`<!-- equal-flops: NAME -->` the budgets and crossings of tools/studies/results/NAME.json.
+`<!-- equal-flops: NAME -->` the budgets and crossings of tools/studies/results/NAME.json, `<!-- engine-kl -->` what
+separates the engines.
 
 `trainer/planning/tiers.json`, what planning needs of the codecs' figures, is made anew and checked with them.
 """
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "tools" / "bench" / "results"
 STUDIES = ROOT / "tools" / "studies" / "results"
 _BLOCK = re.compile(
-    r"(<!-- (?P<kind>goals|demo|paper|break-even|equal-flops)(?:: (?P<name>[a-z0-9_]+))? -->\n)"
+    r"(<!-- (?P<kind>goals|demo|paper|break-even|equal-flops|engine-kl)(?:: (?P<name>[a-z0-9_]+))? -->\n)"
     r".*?(?P<end><!-- end -->)",
     re.DOTALL,
 )
@@ -107,12 +108,24 @@ def _equal_flops(folder: Path, name: str) -> str:
     return "\n\n".join(parts)
 
 
+def _engine_kl(folder: Path, _: None) -> str:
+    result = _read("engines")
+    header = ["from", "to", "KL, nats", "99th percentile", "reverse"]
+    rows = []
+    for pair, kl in result["figures"]["kl_nats"].items():
+        ends = [end.replace("_", " ") for end in pair.split("_to_")]
+        rows.append([*ends, *(f"{kl[name]:.3g}" for name in ("mean", "p99", "reverse_mean"))])
+    about = f"{result['config']['teacher']}, {result['figures']['compared_tokens']} tokens"
+    return f"{markdown_table(header, rows)}\n\n{about}. {_link(_file('engines'), folder)}"
+
+
 _TABLES: dict[str, Callable[[Path, Any], str]] = {
     "goals": _goals,
     "demo": _demo,
     "paper": _paper,
     "break-even": _break_even,
     "equal-flops": _equal_flops,
+    "engine-kl": _engine_kl,
 }
 
 
