@@ -222,7 +222,7 @@ class Build:
             return {"score": 0}
         needs_head = any(not isinstance(codec.request, HiddenStateRequest) for codec in codecs.values())
         rows = sum(sequence.completion_tokens for sequence in sequences) if needs_head else 0
-        return {"score": flops.forward(self.shape, [len(sequence) for sequence in sequences], head_rows=rows)}
+        return {"score": flops.forward(self.shape, [len(sequence) - 1 for sequence in sequences], head_rows=rows)}
 
 
 def _states(targets: Sequence[TeacherTargets]) -> NDArray[np.float32]:

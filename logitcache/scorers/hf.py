@@ -78,7 +78,7 @@ class HFEngine:
         """See `Scorer.score`. Sequences of like length share a batch; rows after a sequence's end are never kept."""
         check_sequences(sequences, vocab_size=self.vocab_size, context_tokens=self._context_tokens)
         results: dict[int, tuple[TeacherTargets, ...]] = {}
-        for batch in _length_batches([len(sequence) for sequence in sequences], self.batch_tokens):
+        for batch in _length_batches([len(sequence) - 1 for sequence in sequences], self.batch_tokens):
             states = self._hidden([sequences[i] for i in batch])
             for i, hidden_CD in zip(batch, states, strict=True):
                 results[i] = targets_of(
@@ -102,11 +102,14 @@ class HFEngine:
         return [self._sequence(draft) for draft in drafts]
 
     def _hidden(self, sequences: Sequence[TokenSequence]) -> list[Tensor]:
-        """The C completion rows' states of each sequence, [C, D] after the final norm."""
-        longest = max(len(sequence) for sequence in sequences)
+        """The C completion rows' states of each sequence, [C, D] after the final norm.
+
+        The last token of a sequence is not run: it predicts nothing that is kept.
+        """
+        longest = max(1, *(len(sequence) - 1 for sequence in sequences))
         ids = np.zeros((len(sequences), longest), np.int64)
         for row, sequence in zip(ids, sequences, strict=True):
-            row[: len(sequence)] = sequence.token_ids
+            row[: len(sequence) - 1] = sequence.token_ids[:-1]
         with torch.no_grad(), self._precision():
             # Right padding under a causal mask: no real row sees a padded one, so no mask is needed.
             hidden_BND = self._body(input_ids=torch.from_numpy(ids).to(self.model.device)).last_hidden_state

@@ -146,8 +146,8 @@ def test_targets_agree_with_the_reference(
         assert isinstance(sampled, SampledTargets)
         truth = reference_log_probs(tiny_dir, sequence)
         if kind.dtype == "float32":
-            # Some ulps of log-probabilities down to -30; vLLM's own kernels sum in another order.
-            assert np.abs(full.log_probs - truth).max() < (5e-5 if kind.name == "vllm" else 2e-5)
+            # Some ulps of log-probabilities down to -30: the engine sums batches of other lengths in another order.
+            assert np.abs(full.log_probs - truth).max() < 5e-5
         else:  # rounding every activation moves single logits by tenths; the distribution as a whole hardly moves
             assert (np.exp(truth) * (truth - full.log_probs)).sum(axis=-1).mean() < 0.02
         rows = np.arange(len(truth))
@@ -195,6 +195,13 @@ def test_a_prompt_without_completion_has_targets_of_zero_rows(engine: Engine, ro
     )
     ((topk, hidden),) = engine.score([bare], [TopKRequest(), HiddenStateRequest()])
     assert len(topk) == len(hidden) == 0
+
+
+def test_the_last_token_of_a_sequence_is_not_run(tiny_dir: Path, rollouts: list[TokenSequence]) -> None:
+    engine, run = load_engine(tiny_dir, dtype="float32"), []
+    engine.model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: run.append(inputs[0].tolist()))
+    engine.score(rollouts[:1], [HiddenStateRequest()])
+    assert run == [[rollouts[0].token_ids[:-1].tolist()]]
 
 
 def test_padding_rows_of_the_head_are_cut_off(engine: Engine, rollouts: list[TokenSequence]) -> None:
