@@ -214,17 +214,24 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.saved_tensors
         plan: Plan = ctx.plan
+        upstream = _only(upstream, plan.active)
         sums, ctx.sums = ctx.sums, None  # the sums become the gradients, in place: a second backward starts afresh
         factor: float | None = 1.0
         if sums is not None and sums.has_head:
             factor = constant_factor(upstream, plan.token_weight, plan.active)
         if sums is None or factor is None:
+            sums = None  # frees the first sums before there are others: a head's gradient is held once
             sums, factor = _zeros(plan, ctx.needs_input_grad), 1.0
             _sweep(plan, sums, upstream)
         hidden_TD = sums.hidden_TD
         if hidden_TD is not None:
             hidden_TD = plan.ranks.sum_(hidden_TD.mul_(upstream[:, None])).to(plan.student.hidden.dtype)
         return hidden_TD, *sums.take_head(plan.student, plan.engine, factor), None
+
+
+def _only(upstream: Tensor, active: Tensor | None) -> Tensor:
+    """`upstream` of the active rows, 0 on the others, whose own may be NaN."""
+    return upstream if active is None else torch.zeros_like(upstream).index_copy(0, active, upstream[active])
 
 
 def _zeros(plan: Plan, needs: tuple[bool, ...]) -> HeadGradient:

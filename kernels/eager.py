@@ -11,11 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.engine import LOWEST, HeadGradient, WeightSums
+from kernels.engine import LOWEST, HeadGradient, WeightSums, work_dtype
 from kernels.types import LinearHead
 
 BLOCK_ELEMENTS = 1 << 19
 """How much of a tile elementwise work touches at a time: 2 MiB of float32 for each temporary."""
+
+OUTER_ROWS = 1 << 14
+"""Vocabulary rows of a product that is added to a weight's gradient and cannot be in place: 64 MiB at D = 1,024."""
 
 
 def column_blocks(rows: int, width: int) -> Iterator[slice]:
@@ -75,14 +78,17 @@ class EagerEngine:
     ) -> None:
         """See `Products`."""
         hidden_ND, width = head.hidden[rows], head.local_width
-        if sums.hidden_TD is not None:
-            product_ND = _times_weight(gradient_NV, head.weight[:width], hidden_ND.dtype)
-            sums.hidden_TD[rows] = product_ND.to(sums.hidden_TD.dtype)
         if sums.bias_V is not None:
             sums.bias_V[:width] += weight_N.to(gradient_NV.dtype) @ gradient_NV
+        if gradient_NV.is_cuda:
+            gradient_NV = gradient_NV.to(hidden_ND.dtype)  # once, for both products
+        if sums.hidden_TD is not None:
+            product_ND = _times_weight(gradient_NV, head.weight[:width])
+            sums.hidden_TD[rows] = product_ND.to(sums.hidden_TD.dtype)
         if sums.weight is not None:
-            weighted_ND = hidden_ND.to(gradient_NV.dtype) * weight_N.to(gradient_NV.dtype)[:, None]
-            _add_outer(sums.weight.sums_VD[:width], gradient_NV, weighted_ND, hidden_ND.dtype)
+            total_VD = sums.weight.sums_VD[:width]
+            weighted_ND = hidden_ND.to(total_VD.dtype) * weight_N.to(total_VD.dtype)[:, None]
+            _add_outer(total_VD, gradient_NV, weighted_ND.to(gradient_NV.dtype))
 
     def pair_sums(self, student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
         """See `RowMaths`."""
@@ -153,19 +159,21 @@ def _chained(gradient: Tensor, logits: Tensor, head: LinearHead) -> Tensor:
     return torch.where(gradient == 0, 0.0, gradient * slope)
 
 
-def _times_weight(gradient_NV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+def _times_weight(gradient_NV: Tensor, weight_VD: Tensor) -> Tensor:
+    work = work_dtype(gradient_NV.dtype)
+    if gradient_NV.dtype != work:
+        return torch.mm(gradient_NV, weight_VD.to(gradient_NV.dtype), out_dtype=work)
     if weight_VD.dtype == gradient_NV.dtype:
         return gradient_NV @ weight_VD
-    if gradient_NV.is_cuda:
-        return torch.mm(gradient_NV.to(dtype), weight_VD.to(dtype), out_dtype=gradient_NV.dtype)
     total_ND = gradient_NV.new_zeros(gradient_NV.shape[0], weight_VD.shape[1])
     for block in column_blocks(*gradient_NV.shape):
         total_ND.addmm_(gradient_NV[:, block], weight_VD[block].to(gradient_NV.dtype))
     return total_ND
 
 
-def _add_outer(total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor, dtype: torch.dtype) -> None:
-    if gradient_NV.is_cuda and dtype != total_VD.dtype:
-        total_VD += torch.mm(gradient_NV.to(dtype).T, hidden_ND.to(dtype), out_dtype=total_VD.dtype)
-    else:
+def _add_outer(total_VD: Tensor, gradient_NV: Tensor, hidden_ND: Tensor) -> None:
+    if gradient_NV.dtype == total_VD.dtype:
         total_VD.addmm_(gradient_NV.T, hidden_ND)
+        return
+    for gradient_NB, total_BD in zip(gradient_NV.split(OUTER_ROWS, 1), total_VD.split(OUTER_ROWS), strict=True):
+        total_BD += torch.mm(gradient_NB.T, hidden_ND, out_dtype=total_VD.dtype)

@@ -72,11 +72,16 @@ def compile_for(name: str, flags: dict[str, bool], capability: int, tmp_path: Pa
 CONFIGURATIONS: dict[str, dict[str, bool]] = {
     "pair_sums_kernel": {},
     "solo_sums_kernel": {},
-    "pair_gradient_kernel forward": {"FORWARD": True, "REVERSE": False, "CAPPED": False},
-    "pair_gradient_kernel reverse": {"FORWARD": False, "REVERSE": True, "CAPPED": False},
-    "pair_gradient_kernel mixed capped": {"FORWARD": True, "REVERSE": True, "CAPPED": True},
-    "solo_gradient_kernel": {"CAPPED": False},
-    "solo_gradient_kernel capped": {"CAPPED": True},
+    **{
+        f"pair_gradient_kernel {direction}{' capped' * capped}": {
+            "FORWARD": forward,
+            "REVERSE": reverse,
+            "CAPPED": capped,
+        }
+        for direction, forward, reverse in (("forward", True, False), ("reverse", False, True), ("mixed", True, True))
+        for capped in (False, True)
+    },
+    **{f"solo_gradient_kernel{' capped' * capped}": {"CAPPED": capped} for capped in (False, True)},
 }
 
 
