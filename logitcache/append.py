@@ -98,7 +98,10 @@ def _require_free(store: Store, new: Sequence[Problem], wanted: AppendedSet) -> 
 
 
 def _end(store: Store, sets: Sequence[AppendedSet]) -> int:
-    first = store.identity["problems"]
+    first = store.identity.get("problems")
+    if first is None:
+        found = "its identity names no problems: logitcache build did not make it"
+        raise UserError(f"the units of {store.place.shown}", found, "add to it with logitcache.store.open_store")
     return sets[-1].first_unit + sets[-1].units if sets else -(-first["count"] // first["per_unit"])
 
 
@@ -108,4 +111,4 @@ def _units(first: int, stop: int) -> list[Unit]:
 
 def _but_for_problems(identity: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
     """`identity` with the problem set that is there, cut as is asked now."""
-    return {**identity, "problems": {**there["problems"], "per_unit": identity["problems"]["per_unit"]}}
+    return {**identity, "problems": {**there.get("problems", {}), "per_unit": identity["problems"]["per_unit"]}}

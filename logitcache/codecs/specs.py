@@ -7,6 +7,7 @@ Guarantees: a spec is valid once built, and `parse_targets` either returns specs
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -48,7 +49,7 @@ class TopKSpec:
         _check(0 < self.mass <= 1, "topk:mass=, a probability above 0", self.mass)
         _check(1 <= self.k <= MAX_KEPT, f"topk:k=, 1 to {MAX_KEPT} tokens", self.k)
         _check(self.step is None or 0.003 <= self.step <= 0.1, "topk:step=, 0.003 to 0.1", self.step)
-        _check(self.max_kl is None or self.max_kl > 0, "topk:max-kl=, nats above 0", self.max_kl)
+        _check(self.max_kl is None or 0 < self.max_kl < math.inf, "topk:max-kl=, nats above 0", self.max_kl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class HiddenSpec:
 
     Attributes:
         step: quantisation step of the transform-coded form, in root nats; None keeps bfloat16 states.
-        max_kl: nats; choose `step` for this mean forward KL on held-out tokens.
+        max_kl: nats; choose `step` for this mean KL, the worse of both directions, on held-out tokens.
     """
 
     kind: ClassVar[str] = "hidden"
@@ -65,8 +66,8 @@ class HiddenSpec:
     max_kl: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self.step is None or self.step > 0, "hidden:step=, root nats above 0", self.step)
-        _check(self.max_kl is None or self.max_kl > 0, "hidden:max-kl=, nats above 0", self.max_kl)
+        _check(self.step is None or 0 < self.step < math.inf, "hidden:step=, root nats above 0", self.step)
+        _check(self.max_kl is None or 0 < self.max_kl < math.inf, "hidden:max-kl=, nats above 0", self.max_kl)
         _check(self.step is None or self.max_kl is None, "hidden:step= or hidden:max-kl=", "both")
 
 

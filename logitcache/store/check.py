@@ -54,6 +54,7 @@ class Check:
     deep: bool
     sizes: Mapping[str, int]
     damage: list[Damage] = field(default_factory=list)
+    tiers: dict[str, str] = field(default_factory=dict)
     objects: int = 0
     nbytes: int = 0
 
@@ -132,6 +133,8 @@ class Check:
         name = layout.record_of(group)
         try:
             record = decode_record(group, self._record(name, expected))
+            if (digest := self.tiers.get(group.split("/")[1])) is not None:
+                record.require_tier(digest)
         except FileNotFoundError:
             self._add(name, "it is missing", name)
         except ValueError as error:
@@ -152,6 +155,8 @@ class Check:
     def _tier(self, name: str, digest: str | None) -> None:
         record = layout.tier_record(name)
         self.objects += 1
+        if digest is not None:
+            self.tiers[name] = digest
         try:
             tier = read_tier(self.place, name)
         except DamagedError as error:
@@ -160,6 +165,7 @@ class Check:
         if tier is None or digest not in (None, tier.digest):
             self._add(record, "it is missing, or not the one that the manifest names", record)
             return
+        self.tiers[name] = tier.digest
         self._constant(f"{layout.tier_group(name)}/zarr.json", group_metadata())
         self._record_objects(tier.shared, record)
 

@@ -21,7 +21,7 @@ from logitcache.store.part import Record
 from logitcache.store.part_index import read_record
 from logitcache.store.place import ByteRange, Place, Source
 from logitcache.store.stored_array import StoredObject
-from logitcache.store.tiers import read_tier, tiers_among
+from logitcache.store.tiers import EncodedTier, read_tier, tiers_among
 
 RECORDS_AT_ONCE = 256
 
@@ -80,7 +80,7 @@ def list_committed(place: Place) -> Committed:
 
 def consolidate(place: Place, committed: Committed, units: Sequence[str], tiers: Sequence[str]) -> Manifest:
     """The manifest of these units with these tiers, from their records. Raises DamagedError."""
-    flops: list[Mapping[str, float]] = []
+    flops: list[Mapping[str, int]] = []
     sequence_records, counts = _sequence_column(place, committed, units, flops)
     summaries = {tier: _summary(place, committed, tier, units, flops) for tier in tiers}
     _, identity = read_identity(place)
@@ -95,7 +95,7 @@ def consolidate(place: Place, committed: Committed, units: Sequence[str], tiers:
         units=tuple(units),
         records=sequence_records,
         tiers=summaries,
-        flops={phase: math.fsum(spent.get(phase, 0.0) for spent in flops) for phase in phases},
+        flops={phase: sum(int(spent.get(phase, 0)) for spent in flops) for phase in phases},
         **counts,
     )
 
@@ -109,12 +109,13 @@ def consolidate_tier(place: Place, committed: Committed, tier: str | None) -> Ma
 
 
 def _sequence_column(
-    place: Place, committed: Committed, units: Sequence[str], flops: list[Mapping[str, float]]
+    place: Place, committed: Committed, units: Sequence[str], flops: list[Mapping[str, int]]
 ) -> tuple[RecordColumn, dict[str, Any]]:
     objects = []
     names = ("sequences", "tokens", "completion_tokens")
     counts = np.zeros((3, len(units)), np.int64)
-    for i, (record, item) in enumerate(_records(place, committed, [layout.sequences_part(unit) for unit in units])):
+    groups = [layout.sequences_part(unit) for unit in units]
+    for i, (record, item) in enumerate(_records(place, committed, groups)):
         objects.append(item)
         counts[:, i] = [record.counts[name] for name in names]
         flops.append(record.facts.get("flops", {}))
@@ -122,14 +123,19 @@ def _sequence_column(
 
 
 def _summary(
-    place: Place, committed: Committed, tier: str, units: Sequence[str], flops: list[Mapping[str, float]]
+    place: Place, committed: Committed, tier: str, units: Sequence[str], flops: list[Mapping[str, int]]
 ) -> TierSummary:
     found = read_tier(place, tier)
     if found is None:
         raise layout.damaged(place.shown, layout.tier_record(tier), "it is missing")
     objects, samples, rows, nbytes = [], [], 0, 0
     engine: dict[str, list[float]] = {}
-    for record, item in _records(place, committed, [layout.targets_part(tier, unit) for unit in units]):
+    groups = [layout.targets_part(tier, unit) for unit in units]
+    for record, item in _records(place, committed, groups):
+        try:
+            record.require_tier(found.digest)
+        except ValueError as error:
+            raise layout.damaged(place.shown, layout.record_of(record.group), str(error)) from error
         objects.append(item)
         samples.extend(record.facts.get("kl_nats", ()))
         for direction, values in record.facts.get("engine_kl_nats", {}).items():
@@ -147,6 +153,22 @@ def _summary(
         engine_kl_nats={direction: pooled(values) for direction, values in engine.items()} or None,
         records=RecordColumn.of(objects),
     )
+
+
+def require_parts_of(place: Place, tier: EncodedTier) -> None:
+    """Raise IdentityError if parts of a tier that lost its `tier.json` were encoded with another calibration.
+
+    Under this one they would decode to other numbers.
+    """
+    committed, under = list_committed(place), layout.tier_group(tier.name)
+    groups = [name.rpartition("/")[0] for name in committed.record_sizes if name.startswith(f"{under}/")]
+    named = {record.tier for record, _ in _records(place, committed, groups)}
+    if groups and (manifest := read_manifest(place)) is not None and tier.name in manifest.tiers:
+        named.add(manifest.tiers[tier.name].digest)
+    if not named <= {None, tier.digest}:
+        found = f"its {len(groups)} parts were encoded with another calibration"
+        mend = f"build it on the machine and with the targets of before, or delete {under} to score it again"
+        raise IdentityError(f"create tier {tier.name} in {place.shown}", found, mend)
 
 
 def _records(place: Place, committed: Committed, groups: Sequence[str]) -> Iterator[tuple[Record, StoredObject]]:

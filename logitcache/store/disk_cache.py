@@ -8,6 +8,7 @@ Only what never changes is kept, under a digest that says what it is.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import threading
 import uuid
@@ -24,6 +25,9 @@ from logitcache.pickling import as_arguments
 from logitcache.store.chain import CRC_BYTES
 from logitcache.store.place import ByteRange, Source
 
+LOG = logging.getLogger("logitcache.store")
+FOLDER_VARIABLE = "LOGITCACHE_DISK_CACHE"
+SIZE_VARIABLE = "LOGITCACHE_DISK_CACHE_GB"
 SLACK = 20
 """A process looks at the folder again after it wrote a twentieth of the bound."""
 
@@ -40,7 +44,23 @@ class DiskCache:
     folder: str
     max_bytes: int
     _written: list[int] = field(default_factory=lambda: [1 << 62], init=False, repr=False, compare=False)
+    _told: list[UserError] = field(default_factory=list, init=False, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    @classmethod
+    def from_environment(cls) -> DiskCache | None:
+        """The folder that LOGITCACHE_DISK_CACHE names, of LOGITCACHE_DISK_CACHE_GB (20); None where it names none.
+
+        Raises UserError for a size that is none.
+        """
+        folder, size = os.environ.get(FOLDER_VARIABLE), os.environ.get(SIZE_VARIABLE, "20")
+        if not folder:
+            return None
+        try:
+            max_bytes = int(float(size) * 1e9)
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{SIZE_VARIABLE}={size}", "it is not a number", "give GB, such as 20") from error
+        return cls(folder=folder, max_bytes=max_bytes)
 
     def __post_init__(self) -> None:
         if self.max_bytes < 1 << 20:
@@ -55,7 +75,7 @@ class DiskCache:
         try:
             data = file.read_bytes()
             os.utime(file)
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return None
         payload = data[CRC_BYTES:]
         if payload and google_crc32c.value(payload).to_bytes(CRC_BYTES, "little") == data[:CRC_BYTES]:
@@ -80,6 +100,20 @@ class DiskCache:
             if self._written[0] > self.max_bytes // SLACK:
                 self._written[0] = 0
                 self._shrink()
+
+    def put_or_tell(self, key: str, data: bytes) -> None:
+        """`put` for whoever can go on without: why it cannot be kept is said, the first time, on the log."""
+        try:
+            self.put(key, data)
+        except UserError as error:
+            if not self._told:
+                LOG.warning("nothing is kept on disk: %s", error)
+                self._told.append(error)
+
+    def drop(self, key: str) -> None:
+        """Keep nothing under this key any more."""
+        with suppress(OSError):
+            self._file(key).unlink()
 
     def _file(self, key: str) -> Path:
         return Path(self.folder) / key[:2] / key[2:]
@@ -131,9 +165,14 @@ class CachedSource:
         if missing:
             fetched = self.source.read_ranges([ranges[i] for i in missing])
             for i, data in zip(missing, fetched, strict=True):
-                self.cache.put(keys[i], data)
+                self.cache.put_or_tell(keys[i], data)
                 found[i] = data
         return [data for data in found if data is not None]
+
+    def forget(self, ranges: Sequence[ByteRange]) -> None:
+        """See `Forgets`: a copy is kept before anyone has checked it against a record."""
+        for item in ranges:
+            self.cache.drop(key_of(self.content, *item))
 
 
 def key_of(*parts: object) -> str:

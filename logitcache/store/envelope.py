@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 _HEAD, _MIDDLE, _TAIL = b'{"sha256":"', b'","body":', b"}\n"
@@ -54,16 +55,21 @@ def unseal(data: bytes) -> Sealed:
         raise ValueError("nested too deeply") from error
 
 
-def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Where two parsed JSON values first differ, and how: `sampling.seed: 5 there, 6 asked`.
+def differences(old: Any, new: Any, *, options: Collection[str] = (), path: str = "") -> list[str]:
+    """Where two parsed JSON values differ, and how: `sampling.seed: 5 there, 6 asked`.
 
-    None if they do not; what is missing is as good as null.
+    What is missing is as good as null. The values of the objects named in `options` are a command line's options of
+    the same names, and are followed by them: `sampling.seed: 5 there, 6 asked (--seed)`.
     """
     if isinstance(old, dict) and isinstance(new, dict):
-        names = sorted(old.keys() | new.keys())
-        pairs = ((old.get(name), new.get(name), f"{path}.{name}" if path else name) for name in names)
-        return next(filter(None, (first_difference(*pair) for pair in pairs)), None)
+        found = []
+        for name in sorted(old.keys() | new.keys()):
+            place = f"{path}.{name}" if path else name
+            shown = f" (--{name.replace('_', '-')})" if path in options else ""
+            below = differences(old.get(name), new.get(name), options=options, path=place)
+            found += [f"{difference}{shown}" for difference in below]
+        return found
     if old == new:
-        return None
+        return []
     there, asked = (json.dumps(value)[:80] for value in (old, new))
-    return f"{path}: {there} there, {asked} asked"
+    return [f"{path}: {there} there, {asked} asked"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from logitcache.records import (
     TopKTargets,
 )
 from logitcache.store.opening import open_cache
-from logitcache.store.place import open_place, write_failed
+from logitcache.store.place import open_place, redact, write_failed
+from logitcache.store.reader import Reader
 from logitcache.store.samples import offsets_of
 from logitcache.store.tiers import CodecFactory
 
@@ -66,18 +68,17 @@ def export_parquet(
     reader = open_cache(url, targets=tier, storage_options=storage_options, codec_factory=codec_factory)
     if not len(reader):
         raise UserError(f"export {url}", "it holds no sequences", "export a cache that has some")
-    with tempfile.TemporaryDirectory(dir=_folder_of(out)) as folder:
-        file = Path(folder) / "export.parquet"
-        writer: Any = None
-        for start in range(0, len(reader), SEQUENCES_AT_ONCE):
-            indices = range(start, min(start + SEQUENCES_AT_ONCE, len(reader)))
-            table = _tokens(reader.read_tokens(indices)) if tier is None else _scored(reader.read(indices))
-            writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
-            writer.write_table(table)
-            if progress is not None:
-                progress(indices.stop, len(reader))
-        writer.close()
-        _publish(file, out, storage_options)
+    parent, _, name = out.rpartition("/")
+    try:
+        with tempfile.TemporaryDirectory(dir=_folder_of(out)) as folder:
+            file = Path(folder) / "export.parquet"
+            _write(reader, file, progress)
+            if "://" in out:
+                open_place(parent, storage_options).write({name: file.read_bytes()})
+            else:
+                file.replace(out)
+    except OSError as error:
+        raise write_failed(redact(parent) or ".", name, error) from error
     return len(reader)
 
 
@@ -85,21 +86,24 @@ def _folder_of(out: str) -> Path | None:
     """Beside a local file, so that it can be renamed into place; anywhere for a remote one."""
     if "://" in out:
         return None
+    if Path(out).is_dir():
+        raise UserError(f"export to {out}", "it is a folder", "name a file in it")
     folder = Path(out).absolute().parent
     if not folder.is_dir():
         raise UserError(f"export to {out}", f"there is no folder {folder}", "make it, or name another")
     return folder
 
 
-def _publish(file: Path, out: str, storage_options: Mapping[str, Any] | None) -> None:
-    try:
-        if "://" not in out:
-            file.replace(out)
-            return
-        parent, _, name = out.rpartition("/")
-        open_place(parent, storage_options).write({name: file.read_bytes()})
-    except OSError as error:
-        raise write_failed(out, file.name, error) from error
+def _write(reader: Reader, file: Path, progress: Callable[[int, int], None] | None) -> None:
+    with ExitStack() as stack:
+        writer: Any = None
+        for start in range(0, len(reader), SEQUENCES_AT_ONCE):
+            indices = range(start, min(start + SEQUENCES_AT_ONCE, len(reader)))
+            table = _tokens(reader.read_tokens(indices)) if reader.tier is None else _scored(reader.read(indices))
+            writer = writer or stack.enter_context(pq.ParquetWriter(file, table.schema, compression="zstd"))
+            writer.write_table(table)
+            if progress is not None:
+                progress(indices.stop, len(reader))
 
 
 def _scored(items: Sequence[ScoredSequence]) -> Any:

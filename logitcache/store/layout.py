@@ -50,6 +50,11 @@ def tier_group(tier: str) -> str:
     return f"{TARGETS}/{tier}"
 
 
+def shared_group(tier: str) -> str:
+    """The group of the arrays that a tier keeps once."""
+    return f"{tier_group(tier)}/{SHARED}"
+
+
 def targets_part(tier: str, unit: str) -> str:
     """The group of a unit's targets in a tier."""
     return f"{TARGETS}/{tier}/{unit}"

@@ -2,16 +2,20 @@
 
 Guarantees: an object is written to a temporary file, flushed to the disk and renamed, and its directory is
 flushed too, so that after a power cut it is there whole or not at all. Temporary files lie under `.partial/` in the
-root, where no reader looks; `delete(PARTIAL)` clears what killed writers left.
+root, where no reader looks. Whoever writes there holds a shared lock on that folder, which the kernel takes from a
+killed process; a writer that finds itself alone removes what killed ones left. Where a file system has no such locks
+(some network ones) that stays until someone removes it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +72,7 @@ class LocalPlace:
         names = list(objects)
         temporaries: list[Path] = []
         try:
-            with ThreadPoolExecutor(FLUSHES_AT_ONCE) as pool:
+            with self._writing(), ThreadPoolExecutor(FLUSHES_AT_ONCE) as pool:
                 try:
                     for name in names:
                         temporaries.append(self._temporary(objects[name]))
@@ -88,16 +92,17 @@ class LocalPlace:
         """A hard link refuses to replace, unlike a rename; see `Place`."""
         target = Path(self.root) / name
         try:
-            temporary = self._temporary(data)
-            try:
-                flush(temporary)
-                _make_folder(target.parent)
-                os.link(temporary, target)
-            except FileExistsError:
-                return False
-            finally:
-                temporary.unlink()
-            flush(target.parent)
+            with self._writing():
+                temporary = self._temporary(data)
+                try:
+                    flush(temporary)
+                    _make_folder(target.parent)
+                    os.link(temporary, target)
+                except FileExistsError:
+                    return False
+                finally:
+                    temporary.unlink(missing_ok=True)
+                flush(target.parent)
         except OSError as error:
             raise write_failed(self.shown, name, error) from error
         return True
@@ -130,16 +135,39 @@ class LocalPlace:
                 except FileNotFoundError:
                     continue  # a temporary file renamed meanwhile
 
-    def _temporary(self, data: bytes) -> Path:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """While temporary files are made and renamed: keeps others from removing them."""
         folder = Path(self.root) / PARTIAL
         _make_folder(folder)
-        path = folder / uuid.uuid4().hex
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            shared = _lock(descriptor, fcntl.LOCK_SH)
+            yield
+            if shared and _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                for left in folder.iterdir():
+                    with suppress(OSError):
+                        left.unlink()
+        finally:
+            os.close(descriptor)
+
+    def _temporary(self, data: bytes) -> Path:
+        path = Path(self.root) / PARTIAL / uuid.uuid4().hex
         try:
             path.write_bytes(data)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         return path
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Whether the lock was had: not if another holds it, or the file system has none."""
+    try:
+        fcntl.flock(descriptor, kind)
+    except OSError:
+        return False
+    return True
 
 
 def _make_folder(path: Path) -> None:

@@ -140,7 +140,7 @@ class Manifest:
     completion_tokens: NDArray[np.int64]
     records: RecordColumn
     tiers: Mapping[str, TierSummary]
-    flops: Mapping[str, float]
+    flops: Mapping[str, int]
     appended: tuple[AppendedSet, ...] = ()
     digest: str | None = None
 
@@ -184,7 +184,7 @@ class Manifest:
             return cls._parse(sealed)
         except UserError as error:
             raise ValueError(str(error)) from error
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"a field is missing or of another type: {error}") from error
 
     @classmethod
@@ -201,7 +201,7 @@ class Manifest:
                 layout.check_name("a tier", name): TierSummary.from_json(tier, len(units))
                 for name, tier in body["tiers"].items()
             },
-            flops=dict(body["flops"]),
+            flops={str(phase): int(spent) for phase, spent in body["flops"].items()},
             appended=tuple(AppendedSet.from_json(item) for item in body.get("appended", ())),
             digest=sealed.digest,
             **columns,

@@ -17,10 +17,10 @@ from logitcache.store.commits import list_committed, read_identity
 from logitcache.store.envelope import digest_of
 from logitcache.store.fetch import fetch_objects
 from logitcache.store.opening import create
-from logitcache.store.part import Record, group_metadata
+from logitcache.store.part import Record
 from logitcache.store.part_index import read_record
 from logitcache.store.place import Place, open_place
-from logitcache.store.tiers import CodecFactory, read_tier
+from logitcache.store.tiers import CodecFactory, EncodedTier, commit_tier, read_tier
 from logitcache.store.writer import Store
 
 
@@ -96,10 +96,9 @@ def _copy_tier(source: Place, target: Place, name: str) -> None:
     if ours is not None:
         asked = f"merge tier {name} of {source.shown} into {target.shown}"
         raise IdentityError(asked, "it has another configuration there", "merge caches whose tiers are the same")
-    record = layout.tier_record(name)
-    _copy_objects(source, target, theirs.shared)
-    target.write({f"{layout.tier_group(name)}/zarr.json": group_metadata()})
-    target.write({record: source.read(record)})
+    data = source.read(layout.tier_record(name))
+    shared = _objects(source, theirs.shared)
+    commit_tier(target, EncodedTier(name=name, objects=shared, data=data, digest=theirs.digest))
 
 
 def _copy_part(source: Place, target: Place, group: str) -> None:
@@ -109,7 +108,7 @@ def _copy_part(source: Place, target: Place, group: str) -> None:
     try:
         existing = target.read(name)
     except FileNotFoundError:
-        _copy_objects(source, target, record)
+        target.write(_objects(source, record))
         target.write({name: data})
         return
     if existing != data:
@@ -117,6 +116,6 @@ def _copy_part(source: Place, target: Place, group: str) -> None:
         raise UserError(asked, "it is there with other bytes", "merge caches that do not overlap")
 
 
-def _copy_objects(source: Place, target: Place, record: Record) -> None:
+def _objects(source: Place, record: Record) -> dict[str, bytes]:
     wanted = list(record.all_objects.items())
-    target.write(dict(zip((name for name, _ in wanted), fetch_objects(source, wanted), strict=True)))
+    return dict(zip((name for name, _ in wanted), fetch_objects(source, wanted), strict=True))

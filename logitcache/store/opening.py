@@ -15,7 +15,8 @@ from logitcache.errors import DamagedError, IdentityError, UserError
 from logitcache.store import layout
 from logitcache.store.commits import consolidate, consolidate_tier, list_committed, read_identity, read_manifest
 from logitcache.store.disk_cache import CachedSource, DiskCache
-from logitcache.store.envelope import canonical, digest_of, first_difference, seal
+from logitcache.store.envelope import canonical, differences, digest_of, seal
+from logitcache.store.local import LocalPlace
 from logitcache.store.manifest import Manifest
 from logitcache.store.part import group_metadata
 from logitcache.store.place import Place, Source, open_place
@@ -55,8 +56,9 @@ def create(
         if not place.create(layout.IDENTITY, data):
             existing, _ = read_identity(place)
     if existing is not None and digest_of(existing) != digest:
-        where = first_difference({"identity": existing}, {"identity": json.loads(canonical(dict(identity)))})
-        raise IdentityError(f"build into {place.shown}", f"it has another {where}", "choose another place")
+        asked = json.loads(canonical(dict(identity)))
+        found = ", ".join(differences(existing, asked, options=["sampling"]))
+        raise IdentityError(f"build into {place.shown}", f"it has another {found}", "choose another place")
     groups = root_groups(digest)
     if any(_read_or_none(place, name) != group for name, group in groups.items()):
         place.write(groups)
@@ -97,7 +99,8 @@ def open_cache(
         storage_options: for fsspec, or of `logitcache.service.opening.open_served`.
         codec_factory: rebuilds the tier's codec.
         index_memory_bytes: bound on the part indexes kept in memory.
-        disk_cache: where to keep what is read from a remote place; None to keep nothing.
+        disk_cache: where to keep what is read from a remote place or a server; None for the one that the environment
+            names in LOGITCACHE_DISK_CACHE, if it does.
 
     Raises:
         IdentityError: the tokenizer is another.
@@ -109,10 +112,15 @@ def open_cache(
             from logitcache.service.opening import open_served
         except ImportError as error:
             raise UserError(f"open {url}", str(error), "pip install 'logitcache[service]'") from error
-        if committed or disk_cache is not None:
-            raise UserError(f"open {url}", "got committed or disk_cache", "open what the server has, which is sealed")
+        if committed:
+            raise UserError(f"open {url}", "got committed", "open what the server has, which is sealed")
         served = open_served(
-            url, targets=targets, tokenizer=tokenizer, storage_options=storage_options, codec_factory=codec_factory
+            url,
+            targets=targets,
+            tokenizer=tokenizer,
+            storage_options=storage_options,
+            codec_factory=codec_factory,
+            disk_cache=disk_cache or DiskCache.from_environment(),
         )
         return cast(Reader, served)  # its twin, method for method
     place = open_place(url, storage_options)
@@ -122,10 +130,13 @@ def open_cache(
     if manifest is None:
         units = len(list_committed(place).sequences)
         found = f"it is not sealed; {units} units are committed"
-        raise UserError(f"open {place.shown}", found, "finish the build, or pass committed=True to read those")
+        do = "finish the build, or settle for those: `logitcache seal`, or committed=True in Python"
+        raise UserError(f"open {place.shown}", found, do)
     if manifest.identity != digest:
         raise layout.damaged(place.shown, layout.MANIFEST, f"it is the manifest of identity {manifest.identity}")
     source: Source = place
+    if disk_cache is None and not isinstance(place, LocalPlace):
+        disk_cache = DiskCache.from_environment()
     if disk_cache is not None:
         source = CachedSource(source=place, cache=disk_cache, content=manifest.digest or digest)
     return Reader(
@@ -176,10 +187,10 @@ def _surviving_identity(place: Place, digest: str) -> dict[str, Any] | None:
 def _require_ours(place: Place, digest: str) -> None:
     """Raise UserError unless the place is empty, or a cache of this identity that lost its `identity.json`."""
     others = (name for name, _ in place.sizes("") if not name.startswith(f"{layout.PARTIAL}/"))
-    if next(others, None) is None:
-        return
-    if root_identity(place) != digest:
-        raise UserError(f"build into {place.shown}", "it is not empty and not a cache", "choose another place")
+    first = next(others, None)
+    if first is not None and root_identity(place) != digest:
+        found = "it is a file" if first == "" else "it is not empty and not a cache"
+        raise UserError(f"build into {place.shown}", found, "choose another place")
 
 
 def _read_or_none(place: Place, name: str) -> bytes | None:

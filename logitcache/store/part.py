@@ -7,7 +7,7 @@ its part with length and SHA-256, and every chunk with length and CRC-32C, so no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class Record:
         arrays: the arrays by name.
         objects: every other object, by its name within the group.
         facts: what the writer measured; deterministic, free-form JSON.
+        tier: of a targets part, the digest of the tier that it was encoded with; None in a part written before records
+            said so, and of anything else.
     """
 
     group: str
@@ -44,6 +46,7 @@ class Record:
     arrays: Mapping[str, StoredArray]
     objects: Mapping[str, StoredObject]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    tier: str | None = None
 
     @property
     def all_objects(self) -> dict[str, StoredObject]:
@@ -62,7 +65,13 @@ class Record:
             "arrays": {name: array.to_json() for name, array in self.arrays.items()},
             "objects": {name: item.to_json() for name, item in self.objects.items()},
             "facts": dict(self.facts),
+            **({} if self.tier is None else {"tier": self.tier}),
         }
+
+    def require_tier(self, digest: str) -> None:
+        """Raise ValueError if these targets were encoded with another tier than that of this digest."""
+        if self.tier not in (None, digest):
+            raise ValueError(f"it was encoded with tier {self.tier[:12]}, not with this one, {digest[:12]}")
 
     @classmethod
     def from_json(cls, group: str, body: Any) -> Record:
@@ -74,7 +83,10 @@ class Record:
             counts = {name: int(count) for name, count in body["counts"].items()}
             arrays = {name: StoredArray.from_json(f"{group}/{name}", item) for name, item in body["arrays"].items()}
             objects = {name: StoredObject.from_json(item) for name, item in body["objects"].items()}
-            return cls(group=group, counts=counts, arrays=arrays, objects=objects, facts=dict(body["facts"]))
+            facts, tier = dict(body["facts"]), body.get("tier")
+            if tier is not None and len(bytes.fromhex(tier)) != 32:
+                raise ValueError(f"no digest of a tier: {tier}")
+            return cls(group=group, counts=counts, arrays=arrays, objects=objects, facts=facts, tier=tier)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a field is missing or of another type: {error}") from error
 
@@ -121,9 +133,9 @@ def encode_sequences(unit: str, sequences: Sequence[TokenSequence], facts: Mappi
 
 
 def encode_targets(
-    unit: str, tier: str, codec: Codec, targets: Sequence[TeacherTargets], facts: Mapping[str, Any]
+    group: str, digest: str, codec: Codec, targets: Sequence[TeacherTargets], facts: Mapping[str, Any]
 ) -> EncodedPart:
-    """The part of a unit's targets in a tier."""
+    """The part of a unit's targets in the tier of that digest, whose codec it is."""
     encoded = codec.encode(targets)
     rows = np.array([len(item) for item in targets], np.int64)
     axes = {Axis.ROW: int(rows.sum()), Axis.ENTRY: int(encoded.entries_per_sequence.sum())}
@@ -141,7 +153,8 @@ def encode_targets(
         )
         arrays.append((_free(name), encoded.arrays[name], spec))
     counts = {"sequences": len(targets), "rows": axes[Axis.ROW], "entries": axes[Axis.ENTRY]}
-    return encode_group(layout.targets_part(tier, unit), arrays, counts, facts, {})
+    part = encode_group(group, arrays, counts, facts, {})
+    return replace(part, record=replace(part.record, tier=digest))
 
 
 def encode_group(

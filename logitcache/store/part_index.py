@@ -94,6 +94,7 @@ class PartLoader:
             tokens = _check_sequences(self.manifest, part, sequences, samples)
             if targets is None or self.codec is None:
                 return PartIndex(samples=samples, token_ids=tokens, targets={}, entry_offsets=None)
+            targets.require_tier(self.manifest.tiers[str(self.tier)].digest)
             arrays = _check_targets(targets, samples, self.codec, entries)
         except (KeyError, ValueError) as error:
             group = sequences.group if targets is None else targets.group

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from logitcache.errors import UserError
 
@@ -40,6 +40,15 @@ class Source(Protocol):
 
         Obligations: exactly `stop - start` bytes each, in the order given; EOFError if an object ends before `stop`.
         """
+        ...
+
+
+@runtime_checkable
+class Forgets(Protocol):
+    """A source that keeps copies of what it read, and cannot tell whether they are what was committed."""
+
+    def forget(self, ranges: Sequence[ByteRange]) -> None:
+        """Drop the copies of these ranges: the next read gets them from where they came."""
         ...
 
 
@@ -76,6 +85,9 @@ def open_place(url: str, storage_options: Mapping[str, Any] | None = None) -> Pl
         return LocalPlace(root=url)
     if protocol in ("file", "local"):
         return LocalPlace(root=path)
+    if protocol in ("grpc", "grpc+tls"):
+        found = "a server's caches can be read, not listed, checked or written"
+        raise UserError(f"use {redact(url)}", found, "give the URL where the cache itself lies")
     return RemotePlace(url=url, storage_options=dict(storage_options or {}))
 
 

@@ -2,7 +2,8 @@
 
 Guarantees: the file system is opened in the process that uses it (a forked child cannot use its parent's); reads are
 concurrent and retried while an error may pass; a short body is retried, then an error, never data; an object is put
-in one request. Credentials reach fsspec and nothing else.
+whole: in one request, or where fsspec cuts a large one (s3fs from 100 MiB), in parts that appear together. Credentials
+reach fsspec and nothing else.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ S3_DEFAULTS = {"config_kwargs": {"max_pool_connections": 64}}
 Refusal = Callable[[str, str, BaseException], UserError]
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _PERMANENT = (*_ABSENT, TypeError, ImportError, NotImplementedError)
+_UNIDENTIFIED = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
+"""Errors of botocore and google.auth, by name: neither need be installed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,8 @@ class RemotePlace:
                     raise got
                 if isinstance(got, PermissionError):
                     raise read_refused(self.shown, ranges[i].name, got)
+                if type(got).__name__ in _UNIDENTIFIED:
+                    raise self._unidentified(got)
                 if isinstance(got, Exception):
                     errors[i] = got
                 else:
@@ -193,9 +198,14 @@ class RemotePlace:
             except PermissionError as error:
                 raise refused(self.shown, name, error) from error
             except Exception as error:
+                if type(error).__name__ in _UNIDENTIFIED:
+                    raise self._unidentified(error) from error
                 last = error
         assert last is not None
         raise self._failed("reach", name, last) from last
+
+    def _unidentified(self, error: object) -> UserError:
+        return UserError(f"reach {self.shown}", redact(str(error)), "set your credentials for it")
 
     def _failed(self, verb: str, name: str, error: Exception) -> UserError:
         found = f"{type(error).__name__} {redact(str(error))} after {ATTEMPTS} attempts"

@@ -1,7 +1,8 @@
 """Is every object what was committed? And where not, undo the commit, so that the build redoes exactly that.
 
-Guarantees: what is sound is never touched; a repair deletes records or restores bytes that are known, and nothing that
-cannot be made again. A shallow check reads a listing and the records; a deep one reads every byte.
+Guarantees: a sound part is never touched; a repair restores bytes that are known or deletes records, with a tier's the
+tier's shared arrays, and nothing that cannot be made again. A shallow check reads a listing and the records; a deep one
+reads every byte.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from logitcache.store import layout
 from logitcache.store.check import Check, Damage, present
 from logitcache.store.commits import list_committed
 from logitcache.store.place import Place, open_place
+from logitcache.store.tiers import tiers_among
 
 Progress = Callable[[int, int], None]
 """Called with parts done and parts in all."""
@@ -95,5 +97,8 @@ def undo(place: Place, damage: Sequence[Damage]) -> None:
     for item in damage:
         if item.restore is not None:
             place.write({item.name: item.restore})
-    for name in sorted({item.undo for item in damage if item.restore is None}):
+    undone = sorted({item.undo for item in damage if item.restore is None})
+    for name in undone:
         place.delete(name)
+    for tier in tiers_among(undone):  # arrays that are there are not replaced by those of the next calibration
+        place.delete(layout.shared_group(tier))

@@ -8,7 +8,7 @@ lock; two that write the same unit must make the same bytes, and where they do n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ import numpy as np
 from logitcache.codecs import codec_from_config
 from logitcache.codecs.codec import Codec
 from logitcache.errors import IdentityError, UserError
+from logitcache.pickling import as_arguments
 from logitcache.records import TeacherTargets, TokenSequence
 from logitcache.store import layout
 from logitcache.store.appended import AppendedSet, all_appended, append_set
-from logitcache.store.commits import Committed, consolidate, list_committed
+from logitcache.store.commits import Committed, consolidate, list_committed, require_parts_of
 from logitcache.store.envelope import canonical, digest_of
 from logitcache.store.fetch import Rows, fetch_objects, fetch_rows
 from logitcache.store.manifest import Manifest
@@ -34,7 +35,15 @@ from logitcache.store.part_index import read_record
 from logitcache.store.place import Place
 from logitcache.store.reader import Reader
 from logitcache.store.samples import Samples
-from logitcache.store.tiers import CodecFactory, Tier, check_codec, list_tiers, read_tier, write_tier
+from logitcache.store.tiers import (
+    CodecFactory,
+    Tier,
+    commit_tier,
+    encode_tier,
+    list_tiers,
+    read_tier,
+    require_same_codec,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,6 +59,10 @@ class Store:
     place: Place
     identity: Mapping[str, Any]
     codec_factory: CodecFactory = codec_from_config
+    _own: dict[str, tuple[str, Codec]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return as_arguments(self)
 
     def committed(self) -> Committed:
         """Units and tiers that are committed now."""
@@ -115,13 +128,22 @@ class Store:
             asked: what the codec is the outcome of, to tell a later build that asks for something else; JSON.
 
         Raises:
-            IdentityError: the tier exists with another codec.
+            IdentityError: the tier exists with another codec, or parts are there that another codec encoded.
         """
-        write_tier(self.place, name, codec, asked or {})
+        existing = read_tier(self.place, name)
+        if existing is not None:
+            require_same_codec(self.place, existing, codec)
+            return
+        tier = encode_tier(name, codec, asked or {})
+        require_parts_of(self.place, tier)
+        commit_tier(self.place, tier)
 
     def tier_codec(self, name: str) -> Codec:
         """The codec of a committed tier. Raises UserError if there is none of that name."""
-        return self._tier(name).codec(self.place, self.codec_factory)
+        tier = self._tier(name)
+        codec = tier.codec(self.place, self.codec_factory)
+        self._own[name] = (tier.digest, codec)
+        return codec
 
     def require_asked(self, name: str, asked: Mapping[str, Any]) -> None:
         """Raise IdentityError unless the committed tier was made for what is asked now."""
@@ -154,13 +176,13 @@ class Store:
             IdentityError: the codec is not the tier's.
             UserError: the sequences are not committed, or the targets are not theirs, or what `encode` raises.
         """
-        check_codec(self.place.shown, self._tier(tier), codec)
+        digest = self._require_own(tier, codec)
         _, samples = self._unit(unit)
         want, have = np.diff(samples.row_offsets), np.array([len(item) for item in targets], np.int64)
         if not np.array_equal(want, have):
             found = f"{len(have)} targets with {have.sum()} rows for {len(want)} sequences with {want.sum()}"
             raise UserError(f"targets of unit {unit}", found, "score the unit's own sequences, in order")
-        self._commit(encode_targets(unit, tier, codec, targets, facts or {}))
+        self._commit(encode_targets(layout.targets_part(tier, unit), digest, codec, targets, facts or {}))
 
     def seal(self, *, units: int | None = None, tiers: Sequence[str] | None = None) -> Manifest:
         """Publish the manifest of everything committed, replacing an earlier one.
@@ -178,9 +200,7 @@ class Store:
             units = sets[-1].first_unit + sets[-1].units
         _require_complete(self.place.shown, committed, units, chosen)
         manifest = consolidate(self.place, committed, committed.sequences, chosen)
-        self.place.delete(layout.PARTIAL)
         self.place.write({layout.MANIFEST: manifest.data()})
-        self.place.delete(layout.PARTIAL)
         return manifest
 
     def _require_known_tokens(self, unit: str, sequences: Sequence[TokenSequence]) -> None:
@@ -221,6 +241,15 @@ class Store:
             have = ", ".join(self.tiers()) or "no tier"
             raise UserError(f"tier {name} of {self.place.shown}", f"it has {have}", "create the tier first")
         return tier
+
+    def _require_own(self, name: str, codec: Codec) -> str:
+        """The tier's digest, once the codec is its own: read from it, or found equal once."""
+        tier = self._tier(name)
+        digest, known = self._own.get(name, ("", None))
+        if known is not codec or digest != tier.digest:
+            require_same_codec(self.place, tier, codec)
+            self._own[name] = (tier.digest, codec)
+        return tier.digest
 
 
 def _require_complete(shown: str, committed: Committed, units: int | None, tiers: Sequence[str]) -> None:

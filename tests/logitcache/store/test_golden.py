@@ -1,6 +1,8 @@
-"""A tiny cache of format version 1, kept as bytes: every later version must read it.
+"""Tiny caches of format version 1, kept as bytes: every later version must read them.
 
-Made once by `python -m tests.logitcache.store.test_golden`; never again for this version.
+`v1` has codecs that only tests know, and arrays of many kinds; `python -m tests.logitcache.store.test_golden` made it.
+`v1-codecs` has a tier of every codec that builds write; `python -m tests.golden.make_v1_codecs` did. Neither is made
+again.
 """
 
 from __future__ import annotations
@@ -8,7 +10,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from logitcache.store import verify
+import numpy as np
+import pytest
+
+from logitcache import open_cache
+from logitcache.append import all_units
+from logitcache.errors import UserError
+from logitcache.jobs import describe
+from logitcache.store import open_store, verify
+from tests.golden.make_v1_codecs import TIERS, read
 from tests.logitcache.store.conftest import World
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "v1"
@@ -39,6 +49,36 @@ def test_version_1_stays_readable():
     report = verify(str(GOLDEN), deep=True)
     assert report.sound
     assert report.parts == 6
+
+
+CODECS = GOLDEN.parent / "v1-codecs"
+CODECS_DIGEST = "9618c6b05875aba9a477acde19fcb87b6dc6bc6fc9bbbafd25431fcb9b28aa22"
+
+
+def test_the_codecs_of_version_1_stay_readable():
+    assert open_cache(str(CODECS), targets=None).manifest.digest == CODECS_DIGEST
+    found = read(str(CODECS))
+    with np.load(CODECS.with_suffix(".npz"), allow_pickle=False) as kept:
+        assert kept.keys() == found.keys()
+        for name, values in kept.items():
+            assert values.dtype == found[name].dtype, name
+            if values.dtype.kind == "f":
+                np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-6, err_msg=name)
+            else:
+                np.testing.assert_array_equal(found[name], values, name)
+    report = verify(str(CODECS), deep=True)
+    assert report.sound
+    assert report.parts == 2 * (1 + len(TIERS))
+    assert describe(str(CODECS))["appended"][0]["count"] == 1
+
+
+def test_a_cache_that_no_build_made_is_one_line_where_a_build_is_needed():
+    with pytest.raises(UserError, match=r"codec of tier topk .* KeyError 'min_probability'; open it with the codec_f"):
+        open_cache(str(GOLDEN), targets="topk").read([0])
+    with pytest.raises(UserError, match="its identity names no prompts, problems, sampling"):
+        describe(str(GOLDEN))
+    with pytest.raises(UserError, match="its identity names no problems"):
+        all_units(open_store(str(GOLDEN)))
 
 
 if __name__ == "__main__":

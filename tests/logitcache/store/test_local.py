@@ -15,7 +15,7 @@ import pytest
 from logitcache.errors import UserError
 from logitcache.store.local import LocalPlace
 from logitcache.store.place import ByteRange
-from tests.logitcache.store.test_crash import SMALL
+from tests.logitcache.store.test_crash import SMALL, build
 
 
 def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(tmp_path, flushes):
@@ -111,3 +111,39 @@ def test_delete_and_sizes(tmp_path):
     place.delete("not there")
     place.delete("not/there/either")
     assert dict(place.sizes("")) == {"a/d": 2}
+
+
+WORKER = """
+import sys
+from tests.logitcache.store.test_crash import SMALL, build
+for _ in range(int(sys.argv[2])):
+    build(SMALL.start(sys.argv[1]))
+print("done")
+"""
+
+
+def test_two_builds_at_once_leave_each_others_temporary_files_alone(tmp_path, objects_of):
+    """Each seals again and again while the other writes; what a killed third one left is removed all the same."""
+    where = str(tmp_path / "cache")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    (tmp_path / "cache/.partial").mkdir(parents=True)
+    (tmp_path / "cache/.partial/0123abcd").write_bytes(b"torn")
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, where, "25"], env=environment, stdout=-1, stderr=-1, text=True)
+        for _ in range(2)
+    ]
+    for worker in workers:
+        said, errors = worker.communicate(timeout=120)
+        assert said == "done\n", errors
+    build(SMALL.start(str(tmp_path / "alone")))
+    assert objects_of(where) == objects_of(str(tmp_path / "alone"))
+
+
+def test_a_live_writers_temporary_file_is_kept_until_it_is_done(tmp_path):
+    place = LocalPlace(root=str(tmp_path))
+    with place._writing():
+        theirs = place._temporary(b"half")
+        place.write({"x": b"1"})
+        assert place.create("y", b"2")
+        assert theirs.exists()
+    assert not theirs.exists()  # left behind: whoever is alone removes it

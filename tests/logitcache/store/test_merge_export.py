@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -97,3 +100,22 @@ def test_an_export_of_tokens_alone_and_into_nowhere(world, tmp_path):
     assert "token_ids" in pq.read_table(tmp_path / "t.parquet").column_names
     with pytest.raises(UserError, match="no folder"):
         export_parquet(str(tmp_path / "c"), None, str(tmp_path / "no" / "t.parquet"))
+    told: list[tuple[int, int]] = []
+    for out, why in ((tmp_path / "c", "it is a folder"), (Path("/proc/t.parquet"), "write t.parquet in /proc")):
+        with pytest.raises(UserError, match=why):
+            export_parquet(str(tmp_path / "c"), None, str(out), progress=lambda *now: told.append(now))
+    assert not told  # before anything is decoded
+
+
+def test_an_export_to_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(world, tmp_path):
+    where, out = str(tmp_path / "c"), tmp_path / "out" / "t.parquet"
+    world.build(where, units=1)
+    out.parent.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=r"write t.parquet in .*/out: .*File too large; make it writable or free"):
+            export_parquet(where, "hidden", str(out), codec_factory=plain_codec)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(out.parent.iterdir()) == []

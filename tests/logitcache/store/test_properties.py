@@ -108,7 +108,7 @@ def test_manifests_return_what_they_were_given(rows: list[tuple[int, int, int]])
         tokens=counts[:, 2].copy(),
         records=records,
         tiers={},
-        flops={"generate": 1.5},
+        flops={"generate": 2 * 10**18 + 1},
     )
     again = Manifest.from_sealed(unseal(manifest.data()))
     assert again.to_json() == manifest.to_json()

@@ -17,7 +17,7 @@ from logitcache.codecs import codec_from_config
 from logitcache.errors import DamagedError, IdentityError, UserError
 from logitcache.store import DiskCache, Reader, create, remote, verify
 from logitcache.store.disk_cache import key_of
-from logitcache.store.place import open_place, redact
+from logitcache.store.place import ByteRange, open_place, redact
 from tests.logitcache.store.conftest import World
 from tests.logitcache.store.plain_codecs import plain_codec
 from tools.bench.loopback import Answer, Gate, HalfBody, files, s3, serve
@@ -196,6 +196,34 @@ def test_a_disk_cache_saves_requests_stays_bounded_and_heals(world, server, tmp_
     assert total <= cache.max_bytes * 1.05
 
 
+def test_a_damaged_reply_is_not_kept_beyond_the_read_that_met_it(world, server, tmp_path):
+    options, name = server[1], "targets/hidden/000001/states/c/0/0"
+    place, cache = open_place(URL, options), DiskCache(folder=str(tmp_path / "kept"), max_bytes=1 << 24)
+    reader = world.open(URL, targets="hidden", storage_options=options, disk_cache=cache)
+    sound = place.read(name)
+    try:
+        place.write({name: bytes([sound[0], sound[1] ^ 1]) + sound[2:]})
+        for _ in range(2):
+            with pytest.raises(DamagedError, match=r"000001/states.*checksum"):
+                hidden_of(reader)
+    finally:
+        place.write({name: sound})
+    assert equal(hidden_of(reader), expected(world))
+    server[0].log.clear()
+    assert equal(hidden_of(reader), expected(world))
+    assert not server[0].log  # the sound bytes are kept
+
+
+def test_a_disk_cache_that_cannot_be_written_costs_a_warning_and_no_read(world, server, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    cache = DiskCache(folder=str(tmp_path / "file" / "kept"), max_bytes=1 << 20)
+    reader = world.open(URL, targets="hidden", storage_options=server[1], disk_cache=cache)
+    for _ in range(2):
+        assert equal(hidden_of(reader), expected(world))
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "logitcache.store"]
+    assert warning.startswith(f"nothing is kept on disk: keep what was read in {cache.folder}")
+
+
 def test_credentials_are_never_shown(world):
     url = "http://me:hunter2@127.0.0.1:1/cache?X-Amz-Signature=abc"
     with pytest.raises(UserError) as raised:
@@ -203,6 +231,24 @@ def test_credentials_are_never_shown(world):
     assert "hunter2" not in str(raised.value)
     assert "abc" not in str(raised.value)
     assert redact("a 'http://h/x?sig=1' b") == "a 'http://h/x?...' b"
+
+
+def test_a_store_that_asks_for_credentials_that_nobody_set_is_asked_once(server, tmp_path, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 60)
+    place = open_place(URL, {"client_kwargs": server[1]["client_kwargs"]})
+    for ask in (
+        lambda: place.read("identity.json"),
+        lambda: place.read_ranges([ByteRange("identity.json", 0, 1)]),
+        lambda: place.write({"x": b"1"}),
+        lambda: place.create("x", b"1"),
+        lambda: list(place.sizes("")),
+    ):
+        with pytest.raises(UserError, match=f"reach {URL}: Unable to locate credentials; set your credentials"):
+            ask()
 
 
 def test_an_unknown_protocol_is_one_line():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from logitcache.errors import DamagedError, IdentityError, UserError
 from logitcache.records import FinishReason, HiddenStateTargets, ScoredSequence, TokenSequence, TopKTargets
 from logitcache.store import create
+from logitcache.store.envelope import Sealed, seal, unseal
+from logitcache.store.manifest import Manifest
 from logitcache.store.part_index import PartCache, PartLoader
 from tests.logitcache.store.plain_codecs import counting_codec, plain_codec
 
@@ -103,7 +106,7 @@ def test_the_manifest_pools_facts_and_counts(world, url):
         "tokens": 3 * per_unit[0],
         "completion_tokens": 3 * per_unit[1],
     }
-    assert manifest.flops == {"generate": 300.0, "score": 120.0}
+    assert manifest.flops == {"generate": 300, "score": 120}
     values = [0.01, 0.02, 0.02, 0.02, 0.03, 0.02]
     kl = manifest.tiers["hidden"].kl_nats
     assert kl["mean"] == pytest.approx(np.mean(values))
@@ -111,6 +114,22 @@ def test_the_manifest_pools_facts_and_counts(world, url):
     again = world.open(url, targets=None).manifest
     assert again.digest == world.open(url, targets="topk").manifest.digest
     assert again.to_json() == manifest.to_json()
+
+
+def test_flops_are_whole_numbers_beyond_what_a_float_counts(world, url):
+    store = world.start(url)
+    for number in range(2):
+        store.write_sequences(world.unit(number), world.sequences(number), {"flops": {"generate": 10**18 + 1}})
+    store.seal(tiers=[])
+    assert world.open(url, targets=None).manifest.flops == {"generate": 2 * 10**18 + 2}
+
+
+def test_a_manifest_that_has_flops_as_floats_stays_readable(world, url):
+    body = world.build(url, units=1).seal().to_json()
+    older = Manifest.from_sealed(unseal(seal(body | {"flops": {"generate": 1338825728.0}})))
+    assert json.dumps(older.flops) == '{"generate": 1338825728}'
+    with pytest.raises(ValueError, match="of another type"):
+        Manifest.from_sealed(Sealed(body | {"flops": {"generate": float("inf")}}, "0"))
 
 
 def test_sealing_twice_and_building_elsewhere_give_the_same_bytes(world, url, tmp_path, objects_of):
@@ -192,7 +211,7 @@ def test_another_identity_is_refused_and_the_difference_named(world, url):
         "teacher": {"name": "table", "fingerprint": "t1", "vocab_size": 97},
         "tokenizer": {"fingerprint": "tok0"},
     }
-    with pytest.raises(IdentityError, match=r'identity.teacher.fingerprint: "t0" there, "t1" asked'):
+    with pytest.raises(IdentityError, match=r'another teacher.fingerprint: "t0" there, "t1" asked'):
         create(url, identity)
     with pytest.raises(IdentityError, match="the cache's is tok0"):
         world.open(url, targets=None, tokenizer="other")
