@@ -30,7 +30,7 @@ class RayCluster:
     Attributes:
         workers: engines at a time.
         cpus_per_worker: cores for each.
-        gpus_per_worker: GPUs for each.
+        gpus_per_worker: GPUs for each: a share of one, or a whole number, over which vLLM divides the model.
         address: of a running Ray cluster, `auto` for the one of this machine; None starts one here.
         attempts: how often a unit is begun before its worker's death is taken for its fault.
     """
@@ -44,7 +44,14 @@ class RayCluster:
     def __post_init__(self) -> None:
         require(self.workers >= 1, "--workers, at least 1", self.workers)
         require(self.cpus_per_worker >= 0 and self.gpus_per_worker >= 0, "CPUs and GPUs of a worker", self)
+        whole = self.gpus_per_worker <= 1 or self.gpus_per_worker % 1 == 0
+        require(whole, "--gpus-per-worker, a whole number above 1", self.gpus_per_worker)
         require(self.attempts >= 1, "at least one attempt", self.attempts)
+
+    @property
+    def devices_per_worker(self) -> int:
+        """Devices that an engine runs on."""
+        return max(1, int(self.gpus_per_worker))
 
 
 def build_on_ray(
@@ -59,7 +66,7 @@ def build_on_ray(
         on_units: called here with the number of units that were just done.
 
     Raises:
-        UserError: Ray is not installed, the cluster is too small, a worker raised one, or died too often.
+        UserError: Ray is not installed, the cluster is too small, a worker failed, or died too often.
     """
     if not share:
         return
@@ -124,7 +131,13 @@ class _Session:
             for _ in pool.map_unordered(lambda worker, unit: worker.run.remote(unit), units):
                 on_units(1)
         except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, UserError) else error from None
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise UserError(
+                "a build on Ray",
+                f"a worker failed ({type(error.cause).__name__}: {error.cause})",
+                "--debug shows where; what was committed stays",
+            ) from error
         except RayActorError as error:
             raise UserError(
                 "a build on Ray",

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 
 from logitcache.errors import UserError, require
-from logitcache.problems import Columns, Problem, load_rows
+from logitcache.problems import Columns, Problem, load_evaluation_rows, load_rows
 from logitcache.store.place import open_place
 
 _TOKEN = re.compile(r"\\[a-z]+|[^\W\d_]+|\d+(?:\.\d+)?|[^\s\w]")
@@ -30,6 +30,8 @@ _LAYOUT = re.compile(
 )
 _FRACTION = re.compile(r"\\[dt]frac(?![a-z])")
 _PUNCTUATION = frozenset(".,;:?'\"`")
+_ITSELF = "itself"
+"""The problem set as its own `Dropped.of_set`."""
 
 
 class Reason(StrEnum):
@@ -39,6 +41,8 @@ class Reason(StrEnum):
     """The same text, white space aside, as an earlier row."""
     DUPLICATE_LATEX = "duplicate-latex"
     """The same LaTeX-normalised text as an earlier row."""
+    DUPLICATE_ID = "duplicate-id"
+    """Another problem than the earlier row of the same id: one of two could not be told from the other."""
     OVERLAP = "overlap"
     """The same text, white space aside, as an evaluation problem."""
     OVERLAP_LATEX = "overlap-latex"
@@ -54,8 +58,11 @@ class PrepareRequest:
     Attributes:
         problems: the raw set: Parquet, JSON or JSONL (any fsspec URL), or a hub dataset id.
         out: where the kept problems go, a `.parquet` or `.jsonl` path or URL; what was dropped goes beside it.
-        against: evaluation sets that must not be trained on, read like `problems`.
-        problem_column, answer_column, id_column: where to find each in `problems`.
+        against: evaluation sets that must not be trained on, read like `problems`; of a hub dataset, its test split.
+        against_column: where to find the problem in them; by default `problem`, `question` or `Problem`.
+        problem_column: where to find the problem in `problems`.
+        answer_column: likewise the answer.
+        id_column: likewise the id.
         ngram: tokens in an n-gram.
         containment: the least share of an evaluation problem's n-grams that counts as overlap, in (0, 1]. The defaults
             find all 13 known MATH500 items in DeepScaleR, and with them about 110 rows, mostly the same problem with
@@ -65,6 +72,7 @@ class PrepareRequest:
     problems: str
     out: str
     against: tuple[str, ...] = ()
+    against_column: str | None = None
     problem_column: str = "problem"
     answer_column: str = "answer"
     id_column: str = "id"
@@ -119,11 +127,12 @@ def prepare(request: PrepareRequest) -> dict[str, object]:
         Where the two files are, and the counts.
 
     Raises:
-        UserError: a set cannot be read, lacks a column, or nothing is left of it; a file cannot be written.
+        UserError: a set cannot be read, lacks a column, an evaluation set is empty, or nothing is left of the problems;
+            a file cannot be written.
     """
     columns = Columns(problem=request.problem_column, answer=request.answer_column, id=request.id_column)
     rows = load_rows(request.problems, columns)
-    evaluation = {name: load_rows(name) for name in request.against}
+    evaluation = {name: load_evaluation_rows(name, request.against_column) for name in request.against}
     sifted = sift(rows, evaluation, ngram=request.ngram, containment=request.containment)
     if not sifted.kept:
         raise UserError(f"problems from {request.problems}", "none is left", "check --against and --containment")
@@ -147,11 +156,15 @@ def sift(
     seen = _Texts(reasons=(Reason.DUPLICATE, Reason.DUPLICATE_LATEX))
     kept: list[Problem] = []
     dropped: list[Dropped] = []
+    ids: dict[str, Problem] = {}
     for problem in problems:
         found = held_out.match(problem) or grams.match(problem, containment) or seen.match(problem)
+        if found is None and problem.id in ids:
+            found = _dropped(problem, Reason.DUPLICATE_ID, (ids[problem.id], _ITSELF))
         if found is None:
             kept.append(problem)
-            seen.add(problem, "itself")
+            seen.add(problem, _ITSELF)
+            ids[problem.id] = problem
         else:
             dropped.append(found)
     return Prepared(kept=kept, dropped=dropped)

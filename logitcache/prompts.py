@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from logitcache.errors import UserError
 from logitcache.problems import Problem
 from logitcache.scoring import Prompt
 
@@ -25,8 +27,21 @@ class PromptStyle:
 
 
 def render_prompts(tokenizer: Any, problems: Sequence[Problem], style: PromptStyle) -> list[Prompt]:
-    """Token ids of each problem under the tokenizer's chat template, or as plain text where it has none."""
-    return [Prompt(problem_id=problem.id, token_ids=_render(tokenizer, problem, style)) for problem in problems]
+    """Token ids of each problem under the tokenizer's chat template, or as plain text where it has none.
+
+    Raises:
+        UserError: a problem that the tokenizer or the template cannot take.
+    """
+    return [Prompt(problem_id=problem.id, token_ids=_encoded(tokenizer, problem, style)) for problem in problems]
+
+
+def _encoded(tokenizer: Any, problem: Problem, style: PromptStyle) -> tuple[int, ...]:
+    try:
+        return _render(tokenizer, problem, style)
+    except Exception as error:  # tokenizers raises Exception itself, templates whatever they like
+        found = f"the tokenizer of {Path(tokenizer.name_or_path).name} cannot encode it ({error})"
+        do = "leave that problem out, change --instruction, or use another model"
+        raise UserError(f"a prompt of problem {problem.id}", found, do) from error
 
 
 def _render(tokenizer: Any, problem: Problem, style: PromptStyle) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ no engine stands in for another.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,32 @@ class TwoEngines:
         return self.scorer.score(sequences, want)
 
 
+def require_divisible(engines: Iterable[EngineName], devices: int) -> None:
+    """Raise UserError if a model is to be divided over several devices, and no engine of these can do so."""
+    if devices > 1 and "vllm" not in engines:
+        found, do = "vllm alone divides a model over several", "pass --generator vllm --scorer vllm, or ask for one"
+        raise UserError(f"{devices} GPUs for one engine", found, do)
+
+
 def load_teacher(
-    generator: EngineName, scorer: EngineName, model_dir: Path, *, dtype: str, on_sequences: Callable[[int], None]
+    generator: EngineName,
+    scorer: EngineName,
+    model_dir: Path,
+    *,
+    dtype: str,
+    on_sequences: Callable[[int], None],
+    devices: int = 1,
 ) -> Engine:
-    """The engine, or the two engines, of a build. Raises UserError as their loaders do."""
+    """The engine, or the two engines, of a build. Raises UserError as their loaders do.
+
+    Args:
+        generator: writes.
+        scorer: scores.
+        model_dir: the model; where servers do both, its tokenizer and configuration.
+        dtype: the precision to compute in.
+        on_sequences: called with the number of sequences that were just generated or scored.
+        devices: that vLLM divides the model over; the other engines take no more than one.
+    """
 
     def load(name: EngineName) -> Any:
         match name:
@@ -102,12 +125,13 @@ def load_teacher(
             case "vllm":
                 from logitcache.scorers.vllm_load import load_vllm_engine
 
-                return load_vllm_engine(model_dir, dtype=dtype, on_sequences=on_sequences)
+                return load_vllm_engine(model_dir, dtype=dtype, tensor_parallel=devices, on_sequences=on_sequences)
             case Served(url=url, model=model):
-                from logitcache.scorers.endpoint import Endpoint
+                from logitcache.scorers.endpoint import KEY_VARIABLE, Endpoint
                 from logitcache.scorers.vllm_http import connect
 
-                return connect(Endpoint(url=url, model=model), model_dir, on_sequences=on_sequences)
+                endpoint = Endpoint(url=url, model=model, api_key=os.environ.get(KEY_VARIABLE))
+                return connect(endpoint, model_dir, on_sequences=on_sequences)
 
     if generator == scorer:
         both: Engine = load(generator)

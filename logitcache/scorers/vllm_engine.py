@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -160,7 +161,7 @@ class VLLMEngine:
         names = [self._add(str(i), request) for i, request in enumerate(requests)]
         try:
             while self.engine.has_unfinished_requests():
-                for output in _step(self.engine):
+                for output in self._step():
                     if not output.finished:
                         continue
                     i = int(output.request_id)
@@ -171,7 +172,8 @@ class VLLMEngine:
         finally:
             if self.engine.has_unfinished_requests():
                 self.engine.abort_request(names, internal=True)
-            self._worker("logitcache_forget")
+            with suppress(UserError):  # a dead engine said so already
+                self._worker("logitcache_forget")
 
     def _add(self, name: str, request: _Request) -> str:
         internal: str = self.engine.add_request(name, {"prompt_token_ids": request.token_ids}, request.params)
@@ -180,7 +182,14 @@ class VLLMEngine:
         return internal
 
     def _worker(self, method: str, *arguments: Any) -> Any:
-        return self.engine.collective_rpc(method, args=arguments)[0]
+        """What the first worker returns: its states after the final norm are whole, however the layers are divided."""
+        with _at_work():
+            return self.engine.collective_rpc(method, args=arguments)[0]
+
+    def _step(self) -> list[Any]:
+        with _at_work():
+            outputs: list[Any] = self.engine.step()
+        return outputs
 
     def _targets(
         self, sequence: TokenSequence, hidden_CD: Tensor, want: Sequence[TargetRequest]
@@ -204,13 +213,14 @@ class VLLMEngine:
         )
 
 
-def _step(engine: Any) -> list[Any]:
+@contextmanager
+def _at_work() -> Iterator[None]:
+    """What can go wrong inside the engine is one line."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
-        outputs: list[Any] = engine.step()
-    except (EngineDeadError, MemoryError, torch.OutOfMemoryError) as error:
-        raise UserError(
-            "a step of the vLLM engine", f"it is dead ({error})", "run the command again; what was committed stays"
-        ) from error
-    return outputs
+        yield
+    except (EngineDeadError, MemoryError, RuntimeError) as error:
+        # RuntimeError is what torch's allocators raise, and what a worker of several raised in its own process.
+        do = "check the memory it needs, then run the command again; what was committed stays"
+        raise UserError("a step of the vLLM engine", f"it failed ({error})", do) from error

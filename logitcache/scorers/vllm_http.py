@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from logitcache.errors import UserError
 from logitcache.identity import tokenizer_fingerprint
-from logitcache.records import FinishReason, Head, Origin, TokenSequence, TopKTargets, sample_id_of
+from logitcache.records import Head, Origin, TokenSequence, TopKTargets, sample_id_of
+from logitcache.scorers.answers import OddAnswer, Row, completion, top_rows
 from logitcache.scorers.drawing import seed_of
 from logitcache.scorers.endpoint import Endpoint
 from logitcache.scorers.fits import check_context, check_sequences
@@ -30,10 +31,7 @@ _ROUNDING = 2.0**-16
 """Mass that a server's log-probabilities cannot tell from none (their float32 normalisation is off by about 1e-5): a
 smaller tail is said to be this large."""
 
-
 _Value = TypeVar("_Value")
-_Row = tuple[NDArray[np.int64], NDArray[np.float64]]
-"""Ids and log-probabilities of one position, likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,31 +100,15 @@ class HTTPEngine:
                 "prompt_logprobs": max(request.max_k for request in requests),
             }
         )
-        rows = choice.get("prompt_logprobs")
-        if not isinstance(rows, list) or len(rows) != len(sequence):
-            raise self._nonsense(sequence, f"{len(rows) if isinstance(rows, list) else 'no'} rows of log-probabilities")
         tokens = sequence.completion_ids.tolist()
-        parsed = [self._row(sequence, row) for row in rows[sequence.prompt_tokens :]]
-        for (ids, _), token in zip(parsed, tokens, strict=True):
-            if token not in ids:
-                raise self._nonsense(sequence, f"no log-probability of token {token}")
-        return tuple(_targets(parsed, tokens, request) for request in requests)
+        try:
+            rows = top_rows(choice, tokens, prompt_tokens=sequence.prompt_tokens, vocab_size=self.vocab_size)
+        except OddAnswer as odd:
+            raise self._odd(f"scores for problem {sequence.problem_id}", odd) from odd
+        return tuple(_targets(rows, tokens, request) for request in requests)
 
-    def _row(self, sequence: TokenSequence, row: dict[str, Any]) -> _Row:
-        """Ids and log-probabilities of one position, likeliest first, the realised token among them."""
-        ids = np.array([int(ident) for ident in row], np.int64)
-        log_probs = np.array([entry["logprob"] for entry in row.values()], np.float64)
-        if not np.isfinite(log_probs).all():
-            raise self._nonsense(sequence, "log-probabilities that are not finite")
-        if ids.max() >= self.vocab_size:
-            raise self._nonsense(sequence, f"probability of id {ids.max()}, beyond the {self.vocab_size} tokens")
-        order = np.lexsort((ids, -log_probs))
-        return ids[order], log_probs[order]
-
-    def _nonsense(self, sequence: TokenSequence, found: str) -> UserError:
-        return UserError(
-            f"scores for problem {sequence.problem_id}", f"{self.endpoint.shown} gave {found}", "score in process"
-        )
+    def _odd(self, asked: str, odd: OddAnswer) -> UserError:
+        return UserError(asked, f"{self.endpoint.shown} gave {odd}", "serve the model with a supported vLLM")
 
     def _complete(self, prompt: Prompt, number: int, sampling: Sampling) -> TokenSequence:
         seed = seed_of(sampling, prompt.problem_id, number)
@@ -143,20 +125,20 @@ class HTTPEngine:
                 "return_token_ids": True,
             }
         )
-        if not choice.get("token_ids"):
-            raise UserError(
-                f"a completion of problem {prompt.problem_id}",
-                f"{self.endpoint.shown} gave no token ids",
-                "serve the model with a vLLM that knows return_token_ids",
+        try:
+            written, reason = completion(
+                choice, vocab_size=self.vocab_size, max_tokens=sampling.max_new_tokens, stop_ids=self.stop_ids
             )
-        token_ids = np.array([*prompt.token_ids, *choice["token_ids"]], np.int32)
+        except OddAnswer as odd:
+            raise self._odd(f"a completion of problem {prompt.problem_id}", odd) from odd
+        token_ids = np.array([*prompt.token_ids, *written], np.int32)
         return TokenSequence(
             token_ids=token_ids,
             prompt_tokens=len(prompt.token_ids),
             origin=self.origin,
             sample_id=sample_id_of(token_ids, len(prompt.token_ids), self.tokenizer_fingerprint),
             problem_id=prompt.problem_id,
-            finish_reason=FinishReason(choice["finish_reason"]),
+            finish_reason=reason,
             seed=seed,
         )
 
@@ -186,7 +168,7 @@ def connect(endpoint: Endpoint, model_dir: Path, **options: Any) -> HTTPEngine:
     )
 
 
-def _targets(rows: Sequence[_Row], tokens: Sequence[int], request: TopKRequest) -> TopKTargets:
+def _targets(rows: Sequence[Row], tokens: Sequence[int], request: TopKRequest) -> TopKTargets:
     kept = [_kept(row, request) for row in rows]
     counts = [len(ids) for ids, _ in kept]
     tails = [_tail_log_mass(log_probs) for _, log_probs in kept]
@@ -201,7 +183,7 @@ def _targets(rows: Sequence[_Row], tokens: Sequence[int], request: TopKRequest) 
     )
 
 
-def _kept(row: _Row, request: TopKRequest) -> _Row:
+def _kept(row: Row, request: TopKRequest) -> Row:
     """The rule of `TopKRequest` on a row that is sorted likeliest first; ids ascending."""
     ids, log_probs = row[0][: request.max_k], row[1][: request.max_k]
     probs = np.exp(log_probs)

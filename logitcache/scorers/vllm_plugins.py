@@ -62,9 +62,13 @@ class _Track:
 
 
 class CaptureExtension:
-    """Mixed into vLLM's worker: `logitcache_*` can be called through `collective_rpc`."""
+    """Mixed into vLLM's worker: `logitcache_*` can be called through `collective_rpc`.
+
+    Where a model is divided over several workers, each has the same states after the final norm: the first keeps them.
+    """
 
     model_runner: Any
+    rank: int
 
     def logitcache_install(self) -> None:
         """Look at every forward pass from now on."""
@@ -83,11 +87,12 @@ class CaptureExtension:
 
     def logitcache_track(self, request_id: str, first_row: int) -> None:
         """Keep this request's states from row `first_row` on."""
-        self._logitcache_tracks[request_id] = _Track(first_row=first_row)
+        if self.rank == 0:
+            self._logitcache_tracks[request_id] = _Track(first_row=first_row)
 
-    def logitcache_take(self, request_id: str) -> Tensor:
-        """The states kept of a request, [rows, D] on the CPU; forgets them."""
-        return self._logitcache_tracks.pop(request_id).rows()
+    def logitcache_take(self, request_id: str) -> Tensor | None:
+        """The states kept of a request, [rows, D] on the CPU; forgets them. None from all workers but the first."""
+        return self._logitcache_tracks.pop(request_id).rows() if self.rank == 0 else None
 
     def logitcache_forget(self) -> None:
         """Drop everything that was tracked."""

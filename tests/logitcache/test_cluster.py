@@ -146,6 +146,19 @@ def test_what_a_worker_refuses_is_said_here(
     assert type(caught.value) is UserError
 
 
+def test_a_worker_that_fails_otherwise_is_one_line(cluster: RayCluster) -> None:
+    from logitcache.build import Build, Unit
+    from logitcache.cluster import build_on_ray
+
+    def make(_: object) -> Build:
+        raise ZeroDivisionError("nobody's fault")
+
+    unit = Unit(name="00000000", prompts=())
+    with pytest.raises(UserError, match=r"a worker failed \(ZeroDivisionError: nobody's fault\)") as caught:
+        build_on_ray(make, [unit], RayCluster(workers=1), on_units=lambda _: None)
+    assert "\n" not in str(caught.value)
+
+
 def test_more_workers_than_the_cluster_has_room_for(
     tiny_dir: Path, problems: Path, tmp_path: Path, cluster: RayCluster
 ) -> None:

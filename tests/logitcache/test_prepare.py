@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import _registry
 
 from logitcache.errors import UserError
 from logitcache.prepare import PrepareRequest, Reason, prepare, problem_key, sift
-from logitcache.problems import Problem, load_problems
+from logitcache.problems import Problem, load_evaluation_rows, load_problems
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -50,11 +53,13 @@ def test_every_reason_names_what_it_matched() -> None:
         problem("e", "known question, one."),
         problem("f", f"{long} today. How far?"),
         problem("g", "Something else entirely"),
+        problem("a", "A third thing under the name of the first"),
     ]
     evaluation = {"exam": [problem("x", "Known  question one", answer="7"), problem("y", f"{long} tomorrow.")]}
     found = sift(rows, evaluation, ngram=5, containment=0.5)
     assert [row.id for row in found.kept] == ["a", "g"]
     assert {row.id: (row.reason, row.of, row.of_set) for row in found.dropped} == {
+        "a": (Reason.DUPLICATE_ID, "a", "itself"),
         "b": (Reason.DUPLICATE, "a", "itself"),
         "c": (Reason.DUPLICATE_LATEX, "a", "itself"),
         "d": (Reason.OVERLAP, "x", "exam"),
@@ -63,7 +68,7 @@ def test_every_reason_names_what_it_matched() -> None:
     }
     contradiction = found.dropped[0]
     assert (contradiction.answer, contradiction.of_answer) == ("3", "1")
-    assert found.dropped[-1].containment == pytest.approx(16 / 18, abs=1e-4)
+    assert found.dropped[-2].containment == pytest.approx(16 / 18, abs=1e-4)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
@@ -103,6 +108,75 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
         PrepareRequest(problems=str(raw), out="kept.csv")
     with pytest.raises(UserError, match="--containment"):
         PrepareRequest(problems=str(raw), out="kept.jsonl", containment=0)
+
+
+@pytest.mark.parametrize("option", ["answer_column", "id_column"])
+def test_a_column_that_was_named_and_is_not_there(tmp_path: Path, option: str) -> None:
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text('{"problem": "one", "answer": 1, "id": 0}\n')
+    named: dict[str, str] = {option: "anwser"}
+    with pytest.raises(UserError, match=r"a column `anwser`.*found columns problem, answer, id"):
+        prepare(PrepareRequest(problems=str(raw), out=str(tmp_path / "o.jsonl"), **named))
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize("column", ["problem", "question", "Problem"])
+def test_an_evaluation_set_may_call_its_problems_otherwise(tmp_path: Path, column: str) -> None:
+    raw, exam, out = tmp_path / "raw.jsonl", tmp_path / "exam.jsonl", str(tmp_path / "o.jsonl")
+    raw.write_text('{"problem": "one plus one"}\n{"problem": "two plus two"}\n')
+    exam.write_text(json.dumps({"text": "two plus two", column: "one plus one"}) + "\n")
+
+    def kept(**options: str) -> list[str]:
+        prepare(PrepareRequest(problems=str(raw), out=out, against=(str(exam),), **options))
+        return [row.text for row in load_problems(out)]
+
+    assert kept() == ["two plus two"]
+    assert kept(against_column="text") == ["one plus one"]
+
+
+def test_an_empty_evaluation_set_proves_nothing(tmp_path: Path) -> None:
+    raw, exam = tmp_path / "raw.jsonl", tmp_path / "exam.jsonl"
+    raw.write_text('{"problem": "one"}\n')
+    exam.write_text("")
+    with pytest.raises(UserError, match=r"evaluation problems from .*exam.jsonl: it holds none"):
+        prepare(PrepareRequest(problems=str(raw), out=str(tmp_path / "o.jsonl"), against=(str(exam),)))
+
+
+def rows(*texts: str) -> str:
+    return "".join(json.dumps({"problem": text}) + "\n" for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("files", "trained_on", "held_out"),
+    [
+        ({"train.jsonl": "a", "test.jsonl": "b", "validation.jsonl": "c"}, ["a", "c"], ["b"]),
+        ({"main/train-0.jsonl": "a", "main/test-0.jsonl": "b", "contest.jsonl": "c"}, ["c", "a"], ["b"]),
+        ({"test.jsonl": "b"}, ["b"], ["b"]),
+        ({"aime.jsonl": "a"}, ["a"], ["a"]),
+    ],
+)
+def test_the_side_of_a_hub_dataset_that_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, str],
+    trained_on: list[str],
+    held_out: list[str],
+) -> None:
+    """The hub is a folder here; the name of a dataset may say `test` too."""
+
+    class Hub(DirFileSystem):  # type: ignore[misc]
+        protocol, cachable = "hf", False
+
+        def __init__(self, **_: object) -> None:
+            super().__init__(path=str(tmp_path), fs=LocalFileSystem())
+
+    monkeypatch.setitem(_registry, "hf", Hub)
+    for name, text in files.items():
+        file = tmp_path / "datasets" / "someone" / "latest-test" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(rows(text))
+    assert [row.text for row in load_problems("someone/latest-test")] == trained_on
+    assert [row.text for row in load_evaluation_rows("someone/latest-test")] == held_out
 
 
 @pytest.mark.slow

@@ -44,6 +44,13 @@ def test_without_ids_the_text_is_the_id_and_repeats_are_left_out(tmp_path: Path)
     assert len({p.id for p in problems}) == 2
 
 
+def test_an_id_of_zero_is_an_id(tmp_path: Path) -> None:
+    rows = [{"problem": "a", "id": 0}, {"problem": "b", "id": ""}, {"problem": "c", "id": None}]
+    first, *rest = load_problems(write(tmp_path / "set.json", rows))
+    assert first.id == "0"
+    assert {len(problem.id) for problem in rest} == {16}
+
+
 def test_the_digest_follows_content_and_order(tmp_path: Path) -> None:
     problems = load_problems(write(tmp_path / "set.json", ROWS))
     assert problems_digest(problems) == problems_digest(list(problems))
@@ -58,8 +65,11 @@ def test_the_digest_follows_content_and_order(tmp_path: Path) -> None:
         ("set.json", "[]", "it holds none"),
         ("set.json", '{"problem": "a"}', "found one object"),
         ("set.json", "[1]", "found a int"),
+        ("set.json", "5", "a list of problems in"),
+        ("set.json", "null", "a list of problems in"),
+        ("set.json", '[{"problem": "a", "id": 7}, {"problem": "b", "id": 7}]', "7 names two different ones"),
         ("set.json", "[{", "cannot be read"),
-        ("set.jsonl", '{"problem": "a"}\n{"pro', "cannot be read"),
+        ("set.jsonl", '{"problem": "a"}\n\n{"problem" "b"}', "line 3 is no JSON (character 12: Expecting ':'"),
         ("set.jsonl", '{"question": "a", "answer": "b"}', "found columns question, answer"),
         ("set.jsonl", '{"problem": 3}', "found a int"),
         ("set.parquet", "not parquet", "cannot be read"),

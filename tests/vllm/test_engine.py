@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,12 +129,29 @@ def test_non_finite_logits_are_an_error(poisoned_dir: Path, reference: HFEngine,
         engine.close()
 
 
+def test_a_step_without_memory_is_one_line_and_leaves_nothing_behind(
+    engine: VLLMEngine, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(max_new_tokens=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.engine, "step", lambda: torch.empty(1 << 60))
+        with pytest.raises(
+            UserError, match=r"a step of the vLLM engine: it failed \(.*memory.*check the memory it needs"
+        ):
+            engine.generate(prompts, sampling)
+    assert len(engine.generate(prompts, sampling)) == 3
+
+
 def test_what_cannot_be_loaded_is_said(tiny_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a dtype, bfloat16 or float32: got int3"):
         load_vllm_engine(tiny_dir, dtype="int3")
     with pytest.raises(UserError, match=r"in vLLM: cannot be loaded .*memory"):
         load_vllm_engine(tiny_dir, dtype="float32", kv_cache_bytes=128 * TOKEN_BYTES)
+    huge = json.loads((tiny_dir / "config.json").read_text()) | {"intermediate_size": 1 << 40}
     load_tokenizer(tiny_dir).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(huge))
+    with pytest.raises(UserError, match=r"cannot be loaded .*allocate memory.*check the model and the memory it needs"):
+        load_vllm_engine(tmp_path, dtype="float32")
     (tmp_path / "config.json").write_text('{"model_type": "nobody-made-this"}')
     with pytest.raises(UserError, match="in vLLM: cannot be loaded"):
         load_vllm_engine(tmp_path)

@@ -20,11 +20,12 @@ from logitcache.errors import UserError
 from logitcache.jobs import BuildRequest, build_cache
 from logitcache.prompts import PromptStyle
 from logitcache.records import FinishReason, Origin, TokenSequence, TopKTargets
+from logitcache.scorers.choose import Served, load_teacher, teacher_identity
 from logitcache.scorers.endpoint import Endpoint
 from logitcache.scorers.vllm_http import HTTPEngine
-from logitcache.scoring import HiddenStateRequest, Sampling, TopKRequest
+from logitcache.scoring import HiddenStateRequest, Prompt, Sampling, TopKRequest
 
-MODELS = {"data": [{"id": "teacher", "max_model_len": 64}]}
+MODELS: Any = {"data": [{"id": "teacher", "max_model_len": 64}]}
 
 
 def rows_for(body: dict[str, Any]) -> list[dict[str, Any] | None]:
@@ -48,6 +49,8 @@ class Stage:
     """A server on loopback that answers completions by `play`, and remembers what it saw."""
 
     play: Callable[[dict[str, Any]], tuple[int, Any]] = good
+    models: Any = field(default_factory=lambda: MODELS)
+    keys: list[str | None] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     under_way: int = 0
     most_under_way: int = 0
@@ -63,12 +66,14 @@ def stage() -> Stage:
 def url(stage: Stage) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.reply(200, MODELS)
+            stage.keys.append(self.headers["Authorization"])
+            self.reply(200, stage.models)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with stage.lock:
                 stage.bodies.append(body)
+                stage.keys.append(self.headers["Authorization"])
                 stage.under_way += 1
                 stage.most_under_way = max(stage.most_under_way, stage.under_way)
             try:
@@ -166,7 +171,13 @@ def test_a_server_that_is_busy_for_a_while_is_asked_again(url: str, stage: Stage
     [
         ((500, {}), "none in 3 attempts .status 500"),
         ((400, {"error": {"message": "k is above --max-logprobs"}}), "status 400: k is above --max-logprobs"),
-        ((200, b"<html>"), "an answer that is not JSON"),
+        ((200, b"<html>"), "an answer with no JSON object"),
+        ((200, b"[" * 100_000), "an answer with no JSON object"),
+        ((200, [1]), "an answer with no JSON object"),
+        ((200, {"model": "teacher"}), "an answer with no choice"),
+        ((200, {"model": "teacher", "choices": []}), "an answer with no choice"),
+        ((200, {"model": "teacher", "choices": [7]}), "an answer with no choice"),
+        ((401, {"error": "no key"}), "status 401: no key; set LOGITCACHE_API_KEY"),
         ((200, {"model": "impostor", "choices": [{}]}), "impostor answered"),
         ((200, {"model": "teacher", "choices": [{}]}), "gave no rows of log-probabilities"),
     ],
@@ -184,12 +195,66 @@ def test_an_answer_that_is_none(url: str, stage: Stage, answer: tuple[int, Any],
         ({"4": {"logprob": float("nan")}, "2": {"logprob": -1.0}}, "not finite"),
         ({"7": {"logprob": -0.1}, "2": {"logprob": -1.0}}, "probability of id 7, beyond the 5 tokens"),
         ({"4": {"logprob": -0.1}}, "no log-probability of token 2"),
+        (None, "a row without log-probabilities"),
+        ({}, "a row without log-probabilities"),
+        ([{"logprob": -0.1}], "a row without log-probabilities"),
+        ({"token_id:2": {"logprob": -0.1}}, "'token_id:2', which is no token id"),
+        ({"02": {"logprob": -0.1}}, "'02', which is no token id"),
+        ({"-2": {"logprob": -0.1}}, "'-2', which is no token id"),
+        ({"9" * 5000: {"logprob": -0.1}}, "which is no token id"),
+        ({"2": {"logprob": "-0.1"}}, "not finite numbers"),
+        ({"2": {}}, "not finite numbers"),
+        ({"2": -0.1}, "not finite numbers"),
+        ({"2": {"logprob": -(10**400)}}, "not finite numbers"),
+        ({"2": {"logprob": 0.7}}, "a log-probability of 0.7, above 0"),
+        ({"2": {"logprob": -0.01}, "4": {"logprob": -0.01}}, "a row whose probabilities sum to 1.98"),
     ],
 )
-def test_rows_that_make_no_sense(url: str, stage: Stage, row: dict[str, Any], found: str) -> None:
+def test_rows_that_make_no_sense(url: str, stage: Stage, row: Any, found: str) -> None:
     stage.play = lambda body: (200, {"model": "teacher", "choices": [{"prompt_logprobs": [None, row]}]})
     with pytest.raises(UserError, match=f"scores for problem p: .*{found}"):
         engine_at(url).score([sequence(1, 2)], [TopKRequest()])
+
+
+@pytest.mark.parametrize(
+    ("choice", "found"),
+    [
+        ({"token_ids": [4, 3, 3], "finish_reason": None}, "3 tokens of at most 3, the last 3, and finish_reason None"),
+        ({"token_ids": [4, 3, 3]}, "finish_reason None"),
+        ({"token_ids": [4, 3, 3], "finish_reason": "repetition"}, "finish_reason 'repetition'"),
+        ({"token_ids": [4, 3, 3], "finish_reason": "stop"}, "the last 3, and finish_reason 'stop'"),
+        (
+            {"token_ids": [4, 3], "finish_reason": "length"},
+            "2 tokens of at most 3, the last 3, and finish_reason 'length'",
+        ),
+        ({"token_ids": [4] * 50, "finish_reason": "length"}, "50 tokens of at most 3"),
+        ({"token_ids": [4] * 50 + [0], "finish_reason": "stop"}, "51 tokens of at most 3"),
+        ({"token_ids": [4, 5, 3], "finish_reason": "length"}, "token ids that are none of the 5"),
+        ({"token_ids": [4, -1, 3], "finish_reason": "length"}, "token ids that are none of the 5"),
+        ({"token_ids": [4, True, 3], "finish_reason": "length"}, "token ids that are none of the 5"),
+        ({"token_ids": "433", "finish_reason": "length"}, "no token ids"),
+        ({"finish_reason": "length"}, "no token ids"),
+    ],
+)
+def test_completions_that_make_no_sense(url: str, stage: Stage, choice: dict[str, Any], found: str) -> None:
+    stage.play = lambda body: (200, {"model": "teacher", "choices": [choice]})
+    with pytest.raises(UserError, match=f"a completion of problem p: .* gave .*{found}"):
+        engine_at(url).generate([Prompt(problem_id="p", token_ids=(1, 2))], Sampling(max_new_tokens=3))
+    assert len(stage.bodies) == 1
+
+
+def test_a_request_that_the_server_aborted_is_sent_again(url: str, stage: Stage) -> None:
+    def abort_once(body: dict[str, Any]) -> tuple[int, Any]:
+        aborted = {"model": "teacher", "choices": [{"token_ids": [4], "finish_reason": "abort"}]}
+        return good(body) if len(stage.bodies) > 1 else (200, aborted)
+
+    stage.play = abort_once
+    prompts, sampling = [Prompt(problem_id="p", token_ids=(1, 2))], Sampling(max_new_tokens=3)
+    assert engine_at(url).generate(prompts, sampling)[0].completion_tokens == 3
+    assert len(stage.bodies) == 2
+    stage.play = lambda body: (200, {"model": "teacher", "choices": [{"token_ids": [], "finish_reason": "abort"}]})
+    with pytest.raises(UserError, match=r"none in 3 attempts \(the server aborted the request"):
+        engine_at(url).generate(prompts, sampling)
 
 
 @pytest.mark.parametrize("rest", [0.3, 0.30001])
@@ -209,7 +274,9 @@ def test_a_server_that_hangs_is_given_up(url: str, stage: Stage) -> None:
     start = time.monotonic()
     with pytest.raises(UserError, match=r"none in 2 attempts \(.*timed out"):
         engine_at(url, attempts=2, timeout_s=0.2).score([sequence(1, 2)], [TopKRequest()])
-    assert time.monotonic() - start < 5
+    with pytest.raises(UserError, match=r"none in [12] attempts \(.*timed out"):
+        engine_at(url, attempts=9, timeout_s=0.2, patience_s=0.3).score([sequence(1, 2)], [TopKRequest()])
+    assert time.monotonic() - start < 20  # loaded machines are slow, but do not wait for ever
 
 
 def test_a_server_that_is_not_there() -> None:
@@ -300,3 +367,37 @@ def test_the_context_comes_from_the_model_that_was_asked_for(url: str) -> None:
         Endpoint(url=url, model="other").context_tokens()
     with pytest.raises(UserError, match="a server's URL"):
         Endpoint(url="localhost:8000", model="teacher")
+    with pytest.raises(UserError, match="a server at http://h:port"):
+        Endpoint(url="http://h:port", model="teacher")
+
+
+@pytest.mark.parametrize("models", [{"ok": True}, [1], {"data": ["teacher"]}, {"data": {"id": 3}}, {"data": [{}]}])
+def test_a_list_of_models_that_is_none(url: str, stage: Stage, models: Any) -> None:
+    stage.models = models
+    with pytest.raises(UserError, match=r"/v1/models at http.*: an answer with no"):
+        Endpoint(url=url, model="teacher").context_tokens()
+
+
+def test_the_key_reaches_the_server_and_nothing_else(
+    url: str, stage: Stage, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, key = Served(url=url, model="teacher"), "sk-very-secret"
+
+    def load() -> Any:
+        return load_teacher(served, served, tiny_dir, dtype="float32", on_sequences=lambda _: None)
+
+    monkeypatch.delenv("LOGITCACHE_API_KEY", raising=False)
+    load().score([sequence(1, 2)], [TopKRequest(max_k=3)])
+    assert stage.keys == [None, None]
+    monkeypatch.setenv("LOGITCACHE_API_KEY", key)
+    engine = load()
+    engine.score([sequence(1, 2)], [TopKRequest(max_k=3)])
+    assert stage.keys[2:] == [f"Bearer {key}"] * 2
+    assert key not in f"{engine} {teacher_identity(served, served)}"
+    stage.play = lambda body: (403, {"error": {"message": f"Incorrect API key provided: {key}"}})
+    with pytest.raises(UserError, match=r"status 403: .*provided: \.\.\.; set LOGITCACHE_API_KEY"):
+        engine.score([sequence(1, 2)], [TopKRequest(max_k=3)])
+    monkeypatch.setenv("LOGITCACHE_API_KEY", f"{key}\n")
+    with pytest.raises(UserError, match="LOGITCACHE_API_KEY: got what no header can hold") as caught:
+        load()
+    assert key not in str(caught.value)

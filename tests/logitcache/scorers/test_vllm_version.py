@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -13,6 +14,15 @@ from logitcache.scorers.vllm_load import SUPPORTED, require_vllm
 
 def test_vllm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match=rf"cannot be imported .*; install vllm {SUPPORTED}"):
+        require_vllm()
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('operator torchvision::nms does not exist')", "AttributeError('x')"])
+def test_vllm_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: str) -> None:
+    (tmp_path / "vllm.py").write_text(f"raise {error}")
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=rf"cannot be imported .*; install vllm {SUPPORTED}"):
         require_vllm()
 
