@@ -9,31 +9,58 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from importlib.metadata import version
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from logitcache.errors import UserError
 
+if TYPE_CHECKING:
+    from cyclopts import App, CycloptsError
+
 _PLAIN_INTERVAL_S = 10.0
+_EPILOGUE = (
+    "With --json, standard output is one JSON object, or empty where the command fails. An error is one line on "
+    "standard error; --debug, with any command, shows its traceback."
+)
 
 
-def run_command(app: Callable[..., Any], argv: list[str] | None = None, *, after_interrupt: str) -> int:
+def command_line(name: str, doc: str) -> App:
+    """An empty cyclopts app, for `run_command`; the first line of `doc` is its help."""
+    from cyclopts import App, Parameter
+
+    return App(
+        name=name,
+        help=doc.splitlines()[0],
+        help_epilogue=_EPILOGUE,
+        version=lambda: version("logitcache"),
+        default_parameter=Parameter(negative=()),  # no --no-json, no --empty-curriculum
+    )
+
+
+def run_command(app: App, argv: list[str] | None = None, *, after_interrupt: str) -> int:
     """Run a cyclopts app; the exit code. `--debug` anywhere shows tracebacks of user errors.
 
     Args:
-        app: the app.
+        app: the app, as `command_line` makes it.
         argv: its arguments; the process's by default.
         after_interrupt: what Ctrl-C leaves behind, and how to go on.
     """
+    from cyclopts import CycloptsError
+
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
+    app.suppress_keyboard_interrupt = False  # cyclopts would end the process without a word
     try:
-        result = app(argv, result_action="return_value")
+        try:
+            result = app(argv, result_action="return_value", exit_on_error=False, print_error=False)
+        except CycloptsError as error:
+            raise _misused(app, error) from error
     except UserError as error:
         if debug:
             raise
@@ -47,6 +74,13 @@ def run_command(app: Callable[..., Any], argv: list[str] | None = None, *, after
     return result if isinstance(result, int) else 0
 
 
+def _misused(app: App, error: CycloptsError) -> UserError:
+    program = " ".join([app.name[0], *(error.command_chain or ())])
+    found = str(error)[:1].lower() + str(error)[1:]
+    found = found if found.endswith("...") else found.removesuffix(".")
+    return UserError(program, found, f"see {program} --help")
+
+
 def leave(code: int) -> NoReturn:
     """End the process with this exit code, without tearing the interpreter down.
 
@@ -54,6 +88,11 @@ def leave(code: int) -> NoReturn:
     a caller would see that in place of the command's own code.
     """
     atexit._run_exitfuncs()
+    leave_at_once(code)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """`leave` without the exit functions, where one of them could wait for a thread that does not end."""
     with suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -77,14 +116,25 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def _meter() -> Any:
+    """The bar of tqdm, with a rate below 1 as `1.17 s/sequence`."""
+    from tqdm import tqdm
+
+    class Meter(tqdm):
+        @staticmethod
+        def format_meter(*values: Any, **named: Any) -> str:
+            return re.sub(r"s/ (\w+?)s?\b", r" s/\1", tqdm.format_meter(*values, **named))
+
+    return Meter
+
+
 class Progress(AbstractContextManager["Progress"]):
     """Progress of long work: what is done, rate, time left. `add` may be called from any thread."""
 
     def __init__(self, what: str, total: int, unit: str) -> None:
-        from tqdm import tqdm
-
         self._live = sys.stderr.isatty()
-        self._bar = tqdm(
+        self._meter = _meter()
+        self._bar = self._meter(
             total=total, desc=what, unit=f" {unit}", file=sys.stderr, dynamic_ncols=True, disable=not self._live
         )
         self._what, self._total, self._unit = what, total, unit
@@ -116,11 +166,9 @@ class Progress(AbstractContextManager["Progress"]):
             self._say()
 
     def _say(self) -> None:
-        from tqdm import tqdm
-
         self._said = time.monotonic()
         elapsed = self._said - self._start
-        line = tqdm.format_meter(
+        line = self._meter.format_meter(
             self._done, self._total, elapsed, ncols=0, prefix=self._what, unit=f" {self._unit}", postfix=self._extra
         )
         note(line)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.flight as flight
 
 from logitcache.errors import UserError
-from logitcache.service.refusals import to_flight
+from logitcache.service.refusals import LOG, to_flight
 
 RIGHTS = "rights"
 """The key of the middleware that knows a caller's rights."""
@@ -81,10 +81,15 @@ class Caller(flight.ServerMiddleware):
 
 
 class Gate(flight.ServerMiddlewareFactory):
-    """Lets requests in: those with a token where there are tokens, and all where there are none."""
+    """Lets requests in: those with a token where there are tokens, and all where there are none.
 
-    def __init__(self, tokens: Tokens | None) -> None:
-        self._tokens = tokens
+    Args:
+        tokens: that there are; None lets everyone in.
+        refused: told the call of each request that is not let in.
+    """
+
+    def __init__(self, tokens: Tokens | None, refused: Callable[[str], None] = lambda call: None) -> None:
+        self._tokens, self._refused = tokens, refused
 
     def start_call(self, info: Any, headers: Mapping[str, Any]) -> Caller:
         """See `flight.ServerMiddlewareFactory`."""
@@ -95,6 +100,9 @@ class Gate(flight.ServerMiddlewareFactory):
         rights = self._tokens.of(token.strip()) if scheme.lower() == "bearer" else None
         if rights is None:
             error = UserError("read from this server", "no token that it knows", "set LOGITCACHE_TOKEN to one")
+            call = info.method.name.lower()
+            LOG.info("refused", extra={"request": call, "error": str(error)})
+            self._refused(call)
             raise to_flight(error, flight.FlightUnauthenticatedError)
         return Caller(rights)
 

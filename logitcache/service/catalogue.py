@@ -94,6 +94,7 @@ class Catalogue:
         self._folders = [place.removesuffix("*") for place in places if place.endswith(FOLDER)]
         self._contents: dict[str, OrderedDict[str, Served]] = {}
         self._unfit: dict[str, str] = {}
+        self._reserved: frozenset[str] = frozenset()
         for place in places:
             if place.endswith(FOLDER):
                 continue
@@ -117,6 +118,13 @@ class Catalogue:
             return None
         return next(reversed(contents.values())) if digest is None else contents.get(digest)
 
+    def reserve(self, names: Sequence[str]) -> None:
+        """Take up no cache of these names, which teachers have. Raises UserError if one comes twice or has a cache."""
+        for name in names:
+            if names.count(name) > 1 or name in self._contents:
+                raise UserError(f"serve teacher {name}", "that name is taken", "name one of them: NAME=MODEL")
+        self._reserved = frozenset(names)
+
     def refresh(self) -> list[str]:
         """Take up what was sealed since; the names of those caches. Streams of what was there go on."""
         before = {served.name: served.digest for served in self}
@@ -134,6 +142,8 @@ class Catalogue:
                     name = url.rpartition("/")[2]
                     if name not in self._contents:
                         with self._noting(url):
+                            if name in self._reserved:
+                                raise UserError(f"serve {url}", "a teacher has its name", "name the teacher NAME=MODEL")
                             self._take_up(_open(layout.check_name("a cache", name), url, self._codec_factory))
 
     def _take_up(self, served: Served) -> None:
@@ -150,9 +160,11 @@ class Catalogue:
         try:
             yield
             self._unfit.pop(what, None)
-        except (UserError, OSError) as error:
+        except Exception as error:  # of whatever library reads the store: none may end a server that others read from
             if self._unfit.get(what) != str(error):
-                LOG.warning("not taken up", extra={"error": str(error)})
+                LOG.warning(
+                    "not taken up", extra={"error": str(error)}, exc_info=not isinstance(error, UserError | OSError)
+                )
             self._unfit[what] = str(error)
 
 
@@ -160,11 +172,12 @@ def _sealed_in(folder: str) -> list[str]:
     """URLs of the sealed caches in a folder."""
     try:
         files, path = url_to_fs(folder)
+        files.invalidate_cache()  # an object store's listing is remembered, with what was not there yet
         if not files.isdir(path):
             raise FileNotFoundError("there is no such folder")
         found = files.glob(f"{path.rstrip('/')}/*/{layout.MANIFEST}")
         return sorted(files.unstrip_protocol(str(name)).removesuffix(f"/{layout.MANIFEST}") for name in found)
-    except (ImportError, ValueError, OSError) as error:
+    except Exception as error:  # each store has its own
         raise UserError(f"serve {redact(folder)}*", redact(str(error)), "give a folder that can be listed") from error
 
 

@@ -152,7 +152,7 @@ class FlightReader:
                     if self.disk_cache is not None:
                         for row, index in enumerate(request.indices[start : len(received)]):
                             key = _row_key(request, index)
-                            self.disk_cache.put(key, wire.to_ipc(chunk.data.slice(row, 1)))
+                            self.disk_cache.put_or_tell(key, wire.to_ipc(chunk.data.slice(row, 1)))
             except LOST:
                 if len(received) == before:
                     raise
@@ -164,14 +164,14 @@ class FlightReader:
         return received
 
     def _decoded(
-        self, batch: pa.RecordBatch, indices: tuple[int, ...], start: int, rebuild: wire.Rebuild | None
+        self, batch: pa.RecordBatch, indices: Sequence[int], start: int, rebuild: wire.Rebuild | None
     ) -> list[Any]:
         """The rows of a message, which must be those of `indices` from `start` on."""
         try:
             rows = wire.decode_rows(batch, rebuild)
         except NOT_WHAT_WAS_ASKED as error:
             raise self._damaged(str(error)) from error
-        if tuple(index for index, _ in rows) != indices[start : start + len(rows)]:
+        if [index for index, _ in rows] != list(indices[start : start + len(rows)]):
             raise self._damaged("it sends other sequences than were asked for")
         return [item for _, item in rows]
 

@@ -49,7 +49,11 @@ Attempt = Callable[[flight.FlightClient, flight.FlightCallOptions], _Found]
 
 
 class _Passing(Exception):
-    """An attempt that another one may better."""
+    """An attempt that another one may better; should none, what was found and what to do."""
+
+    def __init__(self, found: str, do: str) -> None:
+        super().__init__(found)
+        self.do = do
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,9 +100,10 @@ class Connection:
         try:
             return retrying(self._attempt, attempt)
         except RetryError as error:
-            found = str(error.last_attempt.exception())
+            last = error.last_attempt.exception()
+            assert isinstance(last, _Passing)
             asked = f"read from {' or '.join(self.locations)}"
-            raise UserError(asked, f"no answer for {self.patience_s:g} s ({found})", "start the server") from error
+            raise UserError(asked, f"no answer for {self.patience_s:g} s ({last})", last.do) from error
 
     def _attempt(self, attempt: Attempt[_Found]) -> _Found:
         client = self._dial()
@@ -109,7 +114,7 @@ class Connection:
             refusal = from_flight(error)
             if refusal is None or len(self.locations) > 1:  # a busy server, and another one that may not be
                 self._hang_up(client)
-            raise _Passing(_first_words(error) if refusal is None else refusal.found) from error
+            raise _passing(error, refusal) from error
         except (flight.FlightError, pa.ArrowException, OSError) as error:
             refusal = from_flight(error)
             if refusal is not None:
@@ -144,5 +149,15 @@ class Connection:
             LOG.warning("no answer (%s): asking %s", state.outcome.exception(), self.location)
 
 
+def _passing(error: Exception, refusal: UserError | None) -> _Passing:
+    if refusal is not None:
+        return _Passing(refusal.found, refusal.do)
+    found = _first_words(error)
+    if "handshake" in found or "certificate" in found:
+        return _Passing(found, "check its certificate, and LOGITCACHE_TLS_ROOTS, those to trust")
+    return _Passing(found, "start the server")
+
+
 def _first_words(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0].partition(". Detail:")[0][:200] or type(error).__name__
+    line = (str(error).splitlines() or [""])[0].partition(". Detail:")[0]
+    return line.rpartition("last error: ")[2][:200] or type(error).__name__

@@ -6,7 +6,7 @@ Guarantees: what came is sequences, and as many as the limit on their answer all
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,12 +19,12 @@ from logitcache.service.requests import MAX_SEQUENCES, malformed
 from logitcache.service.teachers import Answer
 
 
-def read_sequences(reader: Any, head: Head, want: TargetRequest, most_bytes: int) -> list[TokenSequence]:
+def read_sequences(chunks: Iterable[Any], head: Head, want: TargetRequest, most_bytes: int) -> list[TokenSequence]:
     """The sequences of a call. Raises UserError unless they are some, whose answer is at most so large."""
     sequences: list[TokenSequence] = []
     per_row, tokens, answer_bytes = _bytes_per_row(want, head), 0, 0
     try:
-        for chunk in reader:
+        for chunk in chunks:
             for _, sequence in wire.decode_rows(chunk.data, None):
                 assert isinstance(sequence, TokenSequence)
                 sequences.append(sequence)

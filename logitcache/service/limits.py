@@ -37,8 +37,11 @@ class Limits:
     answer_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        require(self.streams >= 1 and self.queue >= 1, "at least one stream at once, and a queue", self)
-        require(min(self.queue_s, self.stream_s, self.drain_s) > 0, "times above 0 seconds", self)
+        require(self.streams >= 1, "--streams of 1 or more", self.streams)
+        require(self.queue >= 1, "a queue of 1 or more", self.queue)
+        for name in ("queue_s", "stream_s", "drain_s"):
+            seconds = getattr(self, name)
+            require(0 < seconds <= threading.TIMEOUT_MAX, f"--{name.replace('_', '-')}, above 0 and finite", seconds)
 
 
 class Turns:
@@ -55,7 +58,8 @@ class Turns:
         """Wait for a turn; yields the `time.monotonic` at which it is over. Raises Refusal without one in time."""
         if not self._wait():
             found = "it is shutting down" if self._closed else "it is busy"
-            raise Refusal(UserError("read from this server", found, "try again"), flight.FlightUnavailableError)
+            error = UserError("read from this server", found, "try again, or serve with more --streams")
+            raise Refusal(error, flight.FlightUnavailableError)
         try:
             yield time.monotonic() + self._limits.stream_s
         finally:
@@ -73,11 +77,11 @@ class Turns:
             while self._queue:
                 self._queue.popleft().set_result(False)
 
-    def drain(self) -> bool:
-        """Give no more turns, and wait for those that are taken; whether all ended in time."""
+    def drain(self, until: float) -> bool:
+        """Give no more turns, and wait for those that are taken; whether all ended by that `time.monotonic`."""
         self.close()
         with self._idle:
-            return self._idle.wait_for(lambda: not self._taken, self._limits.drain_s)
+            return self._idle.wait_for(lambda: not self._taken, until - time.monotonic())
 
     def _wait(self) -> bool:
         """Whether it was given a turn."""

@@ -50,6 +50,10 @@ class Metrics:
             finally:
                 self.requests.labels(call, outcome).inc()
 
+    def refused(self, call: str) -> None:
+        """Count a call that was refused before it began."""
+        self.requests.labels(call, "refused").inc()
+
     def watch(self, call: str, turns: Turns) -> None:
         """Show how many turns of a kind of call are taken, and how many calls wait for one."""
         self.turns.labels(call, "taken").set_function(lambda: turns.taken)

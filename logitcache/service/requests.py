@@ -7,7 +7,7 @@ content it speaks: a server that has another manifest by then refuses it, so a s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +36,19 @@ class RowsRequest:
     cache: str
     manifest: str
     tier: str | None
-    indices: tuple[int, ...]
+    indices: Sequence[int]
     first: int = 0
     limit: int | None = None
     encoded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllRequest:
+    """Every sequence in order, whole and decoded: a flight's ticket, for clients that know nothing of requests."""
+
+    cache: str
+    manifest: str
+    tier: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +93,10 @@ class ScoreRequest:
     want: TargetRequest
 
 
-Request = RowsRequest | SamplesRequest | SharedRequest | HeadRequest
+Request = RowsRequest | AllRequest | SamplesRequest | SharedRequest | HeadRequest
 _KINDS: dict[str, type[Request]] = {
     "rows": RowsRequest,
+    "all": AllRequest,
     "samples": SamplesRequest,
     "shared": SharedRequest,
     "head": HeadRequest,
@@ -115,7 +125,7 @@ def parse_request(data: bytes) -> Request:
         raise malformed(f"get is not one of {', '.join(_KINDS)}")
     if fields.keys() != cls.__dataclass_fields__.keys():
         raise malformed(f"{kind} takes exactly {', '.join(cls.__dataclass_fields__)}")
-    _check_names(fields)
+    _check_names(fields, may_miss="tier" if cls in (RowsRequest, AllRequest) else None)
     if cls is not RowsRequest:
         return cls(**fields)
     indices = fields["indices"]
@@ -161,6 +171,11 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return value
 
 
+def is_name(value: Any) -> bool:
+    """Whether a JSON value is text that can be told again; half of a surrogate pair is not."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
 def malformed(found: str) -> UserError:
     """The error for a request that is none."""
     return UserError("a request", found, "use a client of this version")
@@ -180,13 +195,14 @@ def _parse_want(want: Any) -> TargetRequest:
     return cls(**values)
 
 
-def _check_names(fields: Mapping[str, Any]) -> None:
-    for name in ("cache", "manifest", "tier", "array", "teacher", "digest"):
-        value = fields.get(name)
-        if name in fields and not isinstance(value, str) and not (value is None and "indices" in fields):
-            raise malformed(f"{name} is not a name")
-        if name in ("cache", "manifest") and name in fields and value is None:
+def _check_names(fields: Mapping[str, Any], *, may_miss: str | None = None) -> None:
+    for name, value in fields.items():
+        if name not in ("cache", "manifest", "tier", "array", "teacher", "digest"):
+            continue
+        if value is None and name != may_miss:
             raise malformed(f"{name} is missing")
+        if value is not None and not is_name(value):
+            raise malformed(f"{name} is not a name")
 
 
 def _count(value: Any) -> bool:

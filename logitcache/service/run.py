@@ -26,7 +26,7 @@ from logitcache.service.refusals import LOG
 from logitcache.service.server import CacheServer
 from logitcache.service.settings import Service, loopback
 from logitcache.service.teachers import Scoring, Teacher
-from logitcache.store.disk_cache import DiskCache
+from logitcache.store.disk_cache import DiskCache, key_of
 from logitcache.store.tiers import CodecFactory
 
 _FIELDS = ("request", "peer", "error", "bytes", "seconds", "location", "metrics", "caches", "teachers", "drained")
@@ -36,7 +36,7 @@ def run_server(
     caches: Sequence[str],
     service: Service = Service(),  # noqa: B008 (frozen)
     *,
-    teachers: Sequence[Teacher] = (),
+    teachers: Callable[[], Sequence[Teacher]] = lambda: (),
     limits: Limits = Limits(),  # noqa: B008 (frozen)
     codec_factory: CodecFactory = codec_from_config,
     ready: Callable[[str], None] = lambda location: None,
@@ -46,7 +46,7 @@ def run_server(
     Args:
         caches: URLs of sealed caches, each alone or as `NAME=URL`; `FOLDER/*` for those in a folder.
         service: how it is reached and what it keeps.
-        teachers: to score with.
+        teachers: makes those to score with, once all else is found to be in order: it may take minutes.
         limits: on what requests take.
         codec_factory: rebuilds the codecs of the caches' tiers.
         ready: told the address once requests are taken.
@@ -61,14 +61,16 @@ def run_server(
     tokens = None if service.tokens is None else Tokens.read(service.tokens)
     tls, metrics, stop = service.tls, Metrics(), threading.Event()
     catalogue = Catalogue(caches, codec_factory=codec_factory)
-    _check_names(catalogue, caches, teachers)
-    kept = None
-    if service.scores is not None:
-        kept = DiskCache(folder=str(service.scores), max_bytes=int(service.scores_gb * 1e9))
+    kept = _kept(service)
+    offered = teachers()
+    names = [teacher.name for teacher in offered]
+    catalogue.reserve(names)
+    if not caches and not names:
+        raise UserError("serve", "no cache and no teacher is named", "give the URL of a cache, or --teacher MODEL")
     with _signals(stop), _logging():
         scoring = [
             Scoring(teacher, gather_s=service.gather_s, cache=kept, told=metrics.scored(teacher.name))
-            for teacher in teachers
+            for teacher in offered
         ]
         location = f"{'grpc' if tls is None else 'grpc+tls'}://{_bracketed(service.host)}"
         server = _listen(
@@ -79,15 +81,15 @@ def run_server(
         )
         with metrics_at(service.metrics, metrics, lambda: server.draining) as metrics_address:
             address = f"{location}:{server.port}"
-            offered = {"caches": [cache.name for cache in catalogue], "teachers": [each.name for each in teachers]}
-            LOG.info("serving", extra={"location": address, "metrics": metrics_address, **offered})
+            told = {"caches": [cache.name for cache in catalogue], "teachers": names}
+            LOG.info("serving", extra={"location": address, "metrics": metrics_address, **told})
             if tls is None and not loopback(service.host):
                 LOG.warning("tokens and data travel unencrypted without TLS")
             ready(address)
             while not stop.wait(service.reload_s or None):
-                if names := catalogue.refresh():
-                    metrics.reloads.inc(len(names))
-                    LOG.info("taken up", extra={"caches": names})
+                if anew := catalogue.refresh():
+                    metrics.reloads.inc(len(anew))
+                    LOG.info("taken up", extra={"caches": anew})
             drained = server.drain()
         LOG.info("stopping", extra={"drained": drained})
         closing = threading.Thread(target=server.shutdown, daemon=True)  # it waits for streams, however stuck
@@ -96,13 +98,13 @@ def run_server(
         return drained and not closing.is_alive()
 
 
-def _check_names(catalogue: Catalogue, places: Sequence[str], teachers: Sequence[Teacher]) -> None:
-    names = [teacher.name for teacher in teachers]
-    for name in names:
-        if names.count(name) > 1 or catalogue.get(name) is not None:
-            raise UserError(f"serve teacher {name}", "that name is taken", "name one of them: NAME=MODEL")
-    if not places and not names:
-        raise UserError("serve", "no cache and no teacher is named", "give the URL of a cache, or --teacher MODEL")
+def _kept(service: Service) -> DiskCache | None:
+    """Where answers are kept. Raises UserError if the folder cannot be written, before anyone waits for it."""
+    if service.scores is None:
+        return None
+    kept = DiskCache(folder=str(service.scores), max_bytes=int(service.scores_gb * 1e9))
+    kept.put(key_of("written at the start"), b"of a server")
+    return kept
 
 
 @contextmanager

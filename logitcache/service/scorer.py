@@ -144,7 +144,7 @@ def open_scorer(
     Args:
         url: `grpc://HOST:PORT#NAME` or `grpc+tls://HOST:PORT#NAME`.
         built_by: the teacher of a cache's identity; another model, or another precision, is refused.
-        storage_options: as of `logitcache.service.opening.open_served`, without `decoded` and `disk_cache`.
+        storage_options: as of `logitcache.service.opening.open_served`, without `decoded`.
 
     Raises:
         IdentityError: it is another teacher than `built_by`.

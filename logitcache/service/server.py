@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.flight as flight
 
 from logitcache.errors import IdentityError, UserError
+from logitcache.records import TokenSequence
 from logitcache.service import exchange, streams
 from logitcache.service.access import RIGHTS, Gate, Rights, Tokens
 from logitcache.service.catalogue import Catalogue, Served, other_content, unknown_cache
@@ -32,6 +33,8 @@ from logitcache.service.metrics import Metrics
 from logitcache.service.refusals import LOG, Refusal, refusing
 from logitcache.service.requests import (
     HeadRequest,
+    ScoreRequest,
+    is_name,
     malformed,
     parse_object,
     parse_request,
@@ -39,6 +42,7 @@ from logitcache.service.requests import (
 )
 from logitcache.service.teachers import Scoring
 
+_Message = TypeVar("_Message")
 _ACTIONS = {
     "health": "whether the server takes requests",
     "cache": 'the identity and the manifest of {"cache": NAME}, as stored',
@@ -76,13 +80,18 @@ class CacheServer(flight.FlightServerBase):
         self._metrics = metrics or Metrics()
         for call, turns in self._turns.items():
             self._metrics.watch(call, turns)
-        super().__init__(location, middleware={RIGHTS: Gate(tokens)}, tls_certificates=None if tls is None else [tls])
+        super().__init__(
+            location,
+            middleware={RIGHTS: Gate(tokens, self._metrics.refused)},
+            tls_certificates=None if tls is None else [tls],
+        )
 
     def drain(self) -> bool:
         """Refuse new calls and wait for those under way; whether all ended in time."""
         for turns in self._turns.values():
             turns.close()
-        return min([turns.drain() for turns in self._turns.values()])  # each waits, whatever the one before says
+        until = time.monotonic() + self._limits.drain_s
+        return min([turns.drain(until) for turns in self._turns.values()])  # each waits, whatever the one before says
 
     @property
     def draining(self) -> bool:
@@ -165,16 +174,22 @@ class CacheServer(flight.FlightServerBase):
         with self._answering("do_exchange", context):
             try:
                 request = parse_score(descriptor.command or b"")
-                scoring = self._teacher(context, request.teacher, request.digest)
-                head = scoring.teacher.scorer.head
-                sequences = exchange.read_sequences(reader, head, request.want, self._limits.answer_bytes)
             except UserError as error:
                 raise Refusal(error) from error
+            scoring = self._teacher(context, request.teacher, request.digest)
             started, what = time.monotonic(), f"scores by {request.teacher}"
             with self._turns["do_exchange"].turn() as over:
+                sequences = self._sequences(_in_time(reader, over, what), scoring, request)
                 answers = _awaited(scoring.submit(sequences, request.want), context, over, what)
                 sent = exchange.send_answers(writer, sequences, answers)
             self._sent(context, what, sent, started)
+
+    def _sequences(self, chunks: Iterable[Any], scoring: Scoring, request: ScoreRequest) -> list[TokenSequence]:
+        head = scoring.teacher.scorer.head
+        try:
+            return exchange.read_sequences(chunks, head, request.want, self._limits.answer_bytes)
+        except UserError as error:
+            raise Refusal(error) from error
 
     @contextmanager
     def _answering(self, call: str, context: Any) -> Iterator[None]:
@@ -204,9 +219,7 @@ class CacheServer(flight.FlightServerBase):
         """The batches, in turn and in time, and a line in the log when they are sent."""
         started, sent = time.monotonic(), 0
         with self._metrics.counting("stream"), refusing(what, context.peer()), self._turns["do_get"].turn() as over:
-            for batch in batches:
-                if time.monotonic() > over:
-                    raise _late(what)
+            for batch in _in_time(batches, over, what):
                 sent += batch.nbytes
                 yield batch
             self._sent(context, what, sent, started)
@@ -233,9 +246,17 @@ def _awaited(future: Future[Any], context: Any, over: float, what: str) -> Any:
                 raise Refusal(UserError(what, "the client is gone", "ask again"), flight.FlightCancelledError) from None
 
 
+def _in_time(messages: Iterable[_Message], over: float, what: str) -> Iterator[_Message]:
+    """The messages of a stream, either way, until the time is over."""
+    for message in messages:
+        if time.monotonic() > over:
+            raise _late(what)
+        yield message
+
+
 def _late(what: str) -> Refusal:
     found = "it took longer than the server allows"
-    return Refusal(UserError(what, found, "ask for the rest"), flight.FlightTimedOutError)
+    return Refusal(UserError(what, found, "ask for less at once"), flight.FlightTimedOutError)
 
 
 def _rights(context: Any) -> Rights:
@@ -247,6 +268,6 @@ def _strings(data: bytes, names: tuple[str, ...]) -> dict[str, str]:
         fields = parse_object(data)
     except UserError as error:
         raise Refusal(error) from error
-    if fields.keys() != set(names) or not all(isinstance(value, str) for value in fields.values()):
+    if fields.keys() != set(names) or not all(map(is_name, fields.values())):
         raise Refusal(malformed(f"it takes exactly {', '.join(names)}"))
     return fields

@@ -6,6 +6,7 @@ Guarantees: an address that others can reach is refused without tokens. Light to
 from __future__ import annotations
 
 import ipaddress
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,9 @@ class Service:
 
     def __post_init__(self) -> None:
         require(0 <= self.port < 1 << 16, "a port", self.port)
-        require(self.reload_s >= 0 and self.gather_s >= 0, "--reload-s and --gather-s, 0 or above", self)
+        require(0 <= self.reload_s <= threading.TIMEOUT_MAX, "--reload-s, 0 or more and finite", self.reload_s)
+        require(0 <= self.gather_s <= threading.TIMEOUT_MAX, "--gather-s, 0 or more and finite", self.gather_s)
+        require(0.01 <= self.scores_gb <= 1e9, "--scores-gb, 0.01 or more and finite", self.scores_gb)
         if self.tokens is None and not loopback(self.host):
             found = "others can reach that address, and there are no tokens"
             raise UserError(f"serve on {self.host}", found, "give --tokens FILE, or listen on 127.0.0.1")
@@ -79,8 +82,10 @@ class Load:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.clients >= 1 and self.sequences >= 1, "--clients and --sequences, 1 or more", self)
-        require(self.seconds > 0 and self.pause_s >= 0, "--seconds above 0, --pause-s 0 or above", self)
+        require(self.clients >= 1, "--clients of 1 or more", self.clients)
+        require(self.sequences >= 1, "--sequences of 1 or more", self.sequences)
+        require(0 < self.seconds <= threading.TIMEOUT_MAX, "--seconds, above 0 and finite", self.seconds)
+        require(0 <= self.pause_s <= threading.TIMEOUT_MAX, "--pause-s, 0 or more and finite", self.pause_s)
 
 
 def loopback(host: str) -> bool:

@@ -15,7 +15,15 @@ from logitcache.errors import UserError
 from logitcache.service import wire
 from logitcache.service.catalogue import Served
 from logitcache.service.refusals import Refusal
-from logitcache.service.requests import HeadRequest, RowsRequest, SamplesRequest, SharedRequest, malformed
+from logitcache.service.requests import (
+    AllRequest,
+    HeadRequest,
+    RowsRequest,
+    SamplesRequest,
+    SharedRequest,
+    malformed,
+    to_bytes,
+)
 from logitcache.service.teachers import Scoring, Teacher
 from logitcache.store.samples import SCHEMA as SAMPLES
 
@@ -23,11 +31,16 @@ _AHEAD_BYTES = 4 << 20
 Stream = tuple[pa.Schema, Iterator[pa.RecordBatch]]
 
 
-def of_cache(served: Served, request: RowsRequest | SamplesRequest | SharedRequest) -> Stream:
+def of_cache(served: Served, request: RowsRequest | AllRequest | SamplesRequest | SharedRequest) -> Stream:
     """What a request asks of a cache. Raises Refusal for what is not there."""
     match request:
         case RowsRequest():
+            if max(request.indices, default=0) >= max(1, len(served.tokens)):
+                found = f"{max(request.indices)} is asked for"
+                raise Refusal(UserError(f"indices of {len(served.tokens)} sequences", found, "give 0 to len - 1"))
             return _rows(served, request)
+        case AllRequest():
+            return _rows(served, RowsRequest(**vars(request), indices=range(len(served.tokens))))
         case SamplesRequest():
             return SAMPLES, _samples(served)
         case SharedRequest():
@@ -56,10 +69,11 @@ def info(served: Served, tier: str | None) -> flight.FlightInfo:
         **manifest.totals,
     }
     descriptor = flight.FlightDescriptor.for_path(served.name, *(() if tier is None else (tier,)))
+    ticket = flight.Ticket(to_bytes(AllRequest(cache=served.name, manifest=served.digest, tier=tier)))
     return flight.FlightInfo(
         wire.rows_schema(served.reader(tier).codec),
         descriptor,
-        [],
+        [flight.FlightEndpoint(ticket, [])],  # at this same server
         len(served.tokens),
         -1 if tier is None else manifest.tiers[tier].nbytes,
         True,
@@ -86,9 +100,6 @@ def require_tier(served: Served, tier: str | None) -> None:
 def _rows(served: Served, request: RowsRequest) -> Stream:
     require_tier(served, request.tier)
     reader = served.reader(request.tier, encoded=request.encoded)
-    if max(request.indices, default=0) >= max(1, len(reader)):
-        found = f"{max(request.indices)} is asked for"
-        raise Refusal(UserError(f"indices of {len(reader)} sequences", found, "give 0 to len - 1"))
     read = reader.read_tokens if request.tier is None else reader.read
     schema = wire.rows_schema(reader.codec)
 

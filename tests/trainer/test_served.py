@@ -89,6 +89,27 @@ def test_losses_are_bit_identical_through_a_kill(cache: str, head: TeacherHead, 
         served.kill()
 
 
+def test_the_trainer_reads_a_served_cache_as_one_on_a_disk(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = built(tmp_path, tiny_dir, "hidden")
+    served, kept = Served(str(place)), tmp_path / "kept"
+    monkeypatch.setenv("LOGITCACHE_DISK_CACHE", str(kept))
+    try:
+        for name, url in (("local", place), ("served", f"{served.location}/cache")):
+            assert not kept.exists()
+            command = ["distill", url, "--student", tiny_dir, "--out", tmp_path / name, *SIZE]
+            assert run_command(app, [str(word) for word in command], after_interrupt="") == 0
+    finally:
+        served.kill()
+    found = [
+        [line["loss_nats"] for line in lines(tmp_path / name) if "loss_nats" in line] for name in ("local", "served")
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+    assert any(path.is_file() for path in kept.rglob("*"))
+
+
 @pytest.mark.slow
 def test_a_served_teacher_gives_the_losses_of_one_in_the_process(tiny_dir: Path, tmp_path: Path) -> None:
     """And a second student with the same text pays for no scoring: it is read."""
@@ -109,6 +130,13 @@ def test_a_served_teacher_gives_the_losses_of_one_in_the_process(tiny_dir: Path,
         paid = [FlopLedger.from_json(rows).by_phase()[Phase.TEACHER_PREFILL] for rows in ledgers]
         assert paid[0] == paid[1] > 0
         assert paid[2] == 0
+        for rows in ledgers:
+            restored = FlopLedger()
+            restored.restore(FlopLedger.from_json(rows).state())
+            assert restored.to_json() == rows
+        asked = [[(row["hits"], row["misses"]) for row in rows if "hits" in row] for rows in ledgers]
+        assert asked[0] == asked[1] == [(0, 4), (0, 4)]
+        assert asked[2] == [(4, 0), (4, 0)]
         scorer = open_scorer(teachers["served"])
         texts = [random_sequence(number, 2, 5) for number in range(3)]
         before = scorer.score(texts, [TopKRequest(max_k=5)])

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +64,20 @@ class Running:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@contextmanager
-def serving(*places: str) -> Iterator[Running]:
-    """`logitcache serve` of these caches."""
-    command = [sys.executable, "-m", "logitcache.cli", "serve", *places, "--port", "0", "--json"]
+def start_server(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """`logitcache serve` with these arguments, once it takes requests: its process and its address."""
+    command = [sys.executable, "-m", "logitcache.cli", "serve", *arguments, "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    return process, json.loads(process.stdout.readline())["location"]
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[Running]:
+    """`logitcache serve` with these arguments, at a free port."""
+    process, location = start_server(*arguments, "--port", "0")
     try:
-        assert process.stdout is not None
-        yield Running(pid=process.pid, location=json.loads(process.stdout.readline())["location"])
+        yield Running(pid=process.pid, location=location)
     finally:
         process.terminate()
         process.wait(60)
@@ -129,10 +135,14 @@ def soak(server: Running, url: str, tier: str, seconds: float) -> dict[str, Any]
     found = run_load(url, Load(clients=CLIENTS, seconds=seconds, sequences=IN_A_READ), targets=tier)
     done.set()
     watcher.join()
+    return {**found, **memory(seen)}
+
+
+def memory(seen: Sequence[int]) -> dict[str, float]:
+    """Of a server's memory, looked at in even steps: what is loaded once is there after a quarter of them."""
     quarter = max(1, len(seen) // 4)
     second, last = median(seen[quarter : 2 * quarter] or seen), median(seen[-quarter:])
     return {
-        **found,
         "rss_peak_bytes": max(seen),
         "rss_second_quarter_bytes": second,
         "rss_last_quarter_bytes": last,

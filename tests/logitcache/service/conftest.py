@@ -17,7 +17,7 @@ from logitcache.service.access import Tokens
 from logitcache.service.catalogue import Catalogue
 from logitcache.service.limits import Limits
 from logitcache.service.server import CacheServer
-from logitcache.store import Reader, open_cache
+from logitcache.store import DiskCache, Reader, open_cache
 from tests.logitcache.store.conftest import World
 from tests.logitcache.store.plain_codecs import counting_codec
 
@@ -43,10 +43,15 @@ class Service:
     def local(self, targets: str | None) -> Reader:
         return open_cache(self.place, targets=targets, codec_factory=counting_codec)
 
-    def remote(self, targets: str | None, *, decoded: bool = False, **options: Any) -> Any:
-        options = {"decoded": decoded, "patience_s": 5.0, **options}
+    def remote(
+        self, targets: str | None, *, decoded: bool = False, disk_cache: DiskCache | None = None, **options: Any
+    ) -> Any:
         return open_cache(
-            f"{self.location}/cache", targets=targets, codec_factory=counting_codec, storage_options=options
+            f"{self.location}/cache",
+            targets=targets,
+            codec_factory=counting_codec,
+            storage_options={"decoded": decoded, "patience_s": 5.0, **options},
+            disk_cache=disk_cache,
         )
 
 

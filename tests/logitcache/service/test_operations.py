@@ -13,9 +13,11 @@ from typing import Any
 
 import pyarrow.flight as flight
 import pytest
+import s3fs
 
 from logitcache.cli import app
 from logitcache.errors import IdentityError, UserError
+from logitcache.service.access import Tokens
 from logitcache.service.catalogue import Catalogue
 from logitcache.service.load import run_load
 from logitcache.service.metrics import Metrics, metrics_at
@@ -27,6 +29,7 @@ from tests.logitcache.service.conftest import Service
 from tests.logitcache.service.test_reader import same
 from tests.logitcache.store.conftest import World
 from tests.logitcache.store.plain_codecs import counting_codec
+from tools.bench.loopback import s3
 
 Serve = Callable[[Catalogue], str]
 
@@ -102,6 +105,58 @@ def test_caches_of_a_folder_are_found(place: str, tmp_path: Path, serve: Serve) 
         opened(f"{location}/unsealed")
 
 
+def test_a_bucket_is_looked_into_anew_and_its_absence_ends_nothing(
+    place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with s3() as (_, options):
+        endpoint = options["client_kwargs"]["endpoint_url"]
+        for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("ENDPOINT_URL", endpoint)):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        elsewhere = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+        elsewhere.put(f"{place}/", "caches/folder/one/", recursive=True)
+        catalogue = Catalogue(["s3://caches/folder/*"], codec_factory=counting_codec)
+        elsewhere.put(f"{place}/", "caches/folder/two/", recursive=True)
+        assert catalogue.refresh() == ["two"]
+        catalogue._contents.pop("two")  # what is served is read with retries, which take their time
+        catalogue._contents.pop("one")
+    assert catalogue.refresh() == []
+    assert "not taken up" in caplog.text
+    assert catalogue.refresh() == []
+    assert caplog.text.count("not taken up") == 1
+
+
+def test_a_teacher_keeps_its_name(place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    catalogue = Catalogue([f"{tmp_path}/*"], codec_factory=counting_codec)
+    catalogue.reserve(["teacher"])
+    shutil.copytree(place, tmp_path / "teacher")
+    shutil.copytree(place, tmp_path / "cache")
+    assert catalogue.refresh() == ["cache"]
+    assert catalogue.refresh() == []
+    assert ["a teacher has its name" in getattr(record, "error", "") for record in caplog.records] == [True]
+    for names in (["cache"], ["other", "other"]):
+        with pytest.raises(UserError, match="that name is taken"):
+            catalogue.reserve(names)
+
+
+def test_who_is_not_let_in_is_counted_and_in_the_log(
+    place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tokens").write_text("a-token-for-everything *\n")
+    metrics, tokens = Metrics(), Tokens.read(tmp_path / "tokens")
+    server = CacheServer("grpc://127.0.0.1:0", Catalogue([place]), metrics=metrics, tokens=tokens)
+    caplog.set_level("INFO", "logitcache.service")
+    with pytest.raises(UserError, match="no token that it knows"):
+        opened(f"grpc://127.0.0.1:{server.port}/cache", token="a-token-that-is-wrong")
+    assert (
+        metrics.registry.get_sample_value("logitcache_requests_total", {"call": "do_action", "outcome": "refused"}) == 1
+    )
+    told = [(record.message, getattr(record, "request", "")) for record in caplog.records]
+    assert told == [("refused", "do_action")]
+    assert "a-token" not in str([vars(record) for record in caplog.records])
+    server.shutdown()
+
+
 def test_metrics_and_health(place: str) -> None:
     metrics, draining = Metrics(), [False]
     server = CacheServer("grpc://127.0.0.1:0", Catalogue([place], codec_factory=counting_codec), metrics=metrics)
@@ -166,6 +221,49 @@ def test_rows_are_kept_on_disk(service: Service, tmp_path: Path, decoded: bool) 
             file.write_bytes(file.read_bytes()[:-1] + b"?")
     again = service.remote("topk", decoded=decoded, disk_cache=cache)
     assert all(map(same, again.read([9, 4], **window), local.read([9, 4], **window)))
+
+
+def test_a_disk_that_cannot_keep_stops_no_read(
+    service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    expected = service.local("topk").read(range(4))
+    for folder in (tmp_path / "file", tmp_path / "file" / "folder", Path("/proc/nothing")):
+        caplog.clear()
+        reader = service.remote("topk", disk_cache=DiskCache(folder=str(folder), max_bytes=1 << 20))
+        assert all(map(same, reader.read(range(4)), expected))
+        assert caplog.text.count("nothing is kept on disk") == 1
+    reader = service.remote("topk", disk_cache=DiskCache(folder=str(tmp_path / "kept"), max_bytes=1 << 20))
+    reader.read(range(4))
+    for kept in [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]:
+        kept.unlink()
+        kept.mkdir()
+    assert all(map(same, reader.read(range(4)), expected))
+
+
+def test_the_environment_names_a_disk_cache(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    kept = tmp_path / "kept"
+    monkeypatch.setenv("LOGITCACHE_DISK_CACHE", str(kept))
+    service.local("topk").read([0])
+    assert not kept.exists()
+    service.remote("topk").read([0, 1])
+    served = sum(path.is_file() for path in kept.rglob("*"))
+    assert served == 2
+    world.build("memory://in-the-environment", units=1)
+    open_cache("memory://in-the-environment", targets="topk", codec_factory=counting_codec).read([0])
+    assert sum(path.is_file() for path in kept.rglob("*")) > served
+    for size in ("much", "nan", "inf", "0"):
+        monkeypatch.setenv("LOGITCACHE_DISK_CACHE_GB", size)
+        with pytest.raises(UserError, match=r"LOGITCACHE_DISK_CACHE_GB|a disk cache"):
+            service.remote(None)
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "seal"])
+def test_a_served_cache_is_managed_where_it_lies(command: str) -> None:
+    with pytest.raises(UserError, match="give the URL where the cache itself lies"):
+        app([command, "grpc://127.0.0.1:1/cache"], result_action="return_value")
 
 
 def test_a_load_counts_what_it_read_and_what_failed(service: Service, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,13 @@
-"""The served cache is the cache: every number, every window, every error, and no sample lost or twice."""
+"""A client through what happens to a server: none there, killed, another content; no sample is lost or comes twice."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,63 +15,17 @@ import numpy as np
 import pytest
 
 from logitcache.errors import IdentityError, UserError
-from logitcache.service.client import FlightReader
 from logitcache.store import open_cache
 from tests.logitcache.service.conftest import Service
 from tests.logitcache.store.plain_codecs import CountingTopK, counting_codec
-from tests.logitcache.store.test_store import WINDOWS, same_sequence, same_targets
+from tests.logitcache.store.test_store import same_sequence, same_targets
 
 
 def same(one: Any, other: Any) -> bool:
     return same_sequence(one.sequence, other.sequence) and same_targets(one.targets, other.targets)
 
 
-@pytest.mark.parametrize("decoded", [False, True])
-@pytest.mark.parametrize("tier", ["hidden", "topk"])
-def test_what_is_read_is_what_a_local_reader_reads(service: Service, tier: str, decoded: bool) -> None:
-    local, remote = service.local(tier), service.remote(tier, decoded=decoded)
-    assert isinstance(remote, FlightReader)
-    assert len(remote) == len(local)
-    order = [*np.random.default_rng(0).permutation(len(local)).tolist(), 3, 3]
-    for first, limit in [(0, None), *WINDOWS]:
-        window = {"first_completion_token": first, "max_completion_tokens": limit}
-        pairs = zip(local.read(order, **window), remote.read(order, **window), strict=True)
-        assert all(same(one, other) for one, other in pairs)
-    assert remote.read([]) == []
-    assert (remote.head is None) == (local.head is None)
-    if local.head is not None:
-        assert remote.head.fingerprint == local.head.fingerprint
-
-
-def test_facts_tokens_and_samples_are_the_same(service: Service) -> None:
-    local, remote = service.local(None), service.remote(None)
-    assert remote.manifest.digest == local.manifest.digest
-    assert remote.manifest.to_json() == local.manifest.to_json()
-    assert remote.identity == local.identity
-    assert remote.tier is None
-    assert remote.head is None
-    everything = range(len(local))
-    assert all(map(same_sequence, local.read_tokens(everything), remote.read_tokens(everything)))
-    assert remote.samples() == local.samples()
-    assert remote.samples(["problem_id"]).column_names == ["problem_id"]
-    with_targets = service.remote("topk").read_tokens([4], max_completion_tokens=5)
-    assert same_sequence(with_targets[0], local.read_tokens([4], max_completion_tokens=5)[0])
-
-
-def test_wrong_requests_are_the_same_line(service: Service) -> None:
-    reader = service.remote("hidden")
-    with pytest.raises(UserError, match="indices of 18 sequences"):
-        reader.read([18])
-    with pytest.raises(UserError, match="indices of 18 sequences"):
-        reader.read([-1])
-    with pytest.raises(UserError, match="a window of target rows"):
-        reader.read([0], first_completion_token=-1)
-    with pytest.raises(UserError, match="targets=None"):
-        service.remote(None).read([0])
-    with pytest.raises(UserError, match=r"hidden \(hidden\), topk \(topk\)"):
-        service.remote("full")
-    with pytest.raises(IdentityError, match="the cache's is tok0"):
-        open_cache(f"{service.location}/cache", targets=None, tokenizer="other")
+def test_what_no_server_can_open_is_one_line(service: Service) -> None:
     with pytest.raises(UserError, match="none of that name"):
         open_cache(f"{service.location}/nothing", targets=None)
     for url in ("grpc://", "grpc://host:1", "grpc://host:1/a/b", "grpc://u:p@host:1/a", "grpc://host:1/a?b=c"):
@@ -80,18 +33,19 @@ def test_wrong_requests_are_the_same_line(service: Service) -> None:
             open_cache(url, targets=None)
     with pytest.raises(UserError, match="options of a server"):
         service.remote(None, secret="x")
+    for options in (
+        {"patience_s": "x"},
+        {"patience_s": None},
+        {"timeout_s": 0.0},
+        {"timeout_s": float("nan")},
+        {"token": 3},
+        {"tls_roots": 3},
+        {"decoded": 1},
+    ):
+        with pytest.raises(UserError, match=f"the option {next(iter(options))}"):
+            service.remote(None, **options)
     with pytest.raises(UserError, match="sealed"):
         open_cache(f"{service.location}/cache", targets=None, committed=True)
-
-
-def test_it_pickles_and_serves_many_threads(service: Service) -> None:
-    reader = pickle.loads(pickle.dumps(service.remote("hidden")))
-    n = len(reader)
-    alone = [item.targets.hidden for item in reader.read(range(n))]
-    orders = [np.random.default_rng(seed).permutation(n) for seed in range(16)]
-    with ThreadPoolExecutor(8) as pool:
-        for order, items in zip(orders, pool.map(reader.read, orders), strict=True):
-            assert all(np.array_equal(item.targets.hidden, alone[i]) for i, item in zip(order, items, strict=True))
 
 
 def read_in_a_fork(reader: Any) -> str | None:

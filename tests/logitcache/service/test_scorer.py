@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -302,7 +303,7 @@ def test_what_is_kept_is_read_and_what_is_damaged_scored_again(
             file.write_bytes(file.read_bytes()[:-1])
     healed = scorer.score_counted(texts, HIDDEN)
     assert healed.passes == [1] * 6
-    assert same(hidden(healed.targets), hidden(again.targets))
+    assert same(hidden(healed.targets), hidden(watched.engine.score(texts, HIDDEN)))
 
 
 def test_a_folder_that_cannot_be_written_keeps_nobody_waiting(
@@ -323,4 +324,31 @@ def test_a_busy_teacher_sends_away_in_time_and_forgets_who_is_gone(
     with pytest.raises(UserError, match="longer than the server allows"):
         impatient.score(texts[:1], HIDDEN)
     watched.go_on.set()
+    assert len(scorer.score(texts, HIDDEN)) == 6
+
+
+def test_uploads_wait_for_their_turn_and_end_in_time(start: Start, texts: list[TokenSequence]) -> None:
+    """Who opens many calls and sends little holds as many as there are turns; who sends for too long is sent away."""
+    scorer = start(limits=Limits(streams=1, queue=2, queue_s=0.2, stream_s=0.5))
+    client = flight.FlightClient(scorer.connection.location)
+    request = score_to_bytes(ScoreRequest(teacher="tiny", digest=scorer_digest(scorer), want=HiddenStateRequest()))
+    (batch,) = wire.encode_rows(wire.rows_schema(None), range(3), texts[:3])
+    calls = [client.do_exchange(flight.FlightDescriptor.for_command(request)) for _ in range(6)]
+
+    def ends(writer: Any, reader: Any) -> str:
+        with suppress(pa.ArrowException):
+            writer.begin(batch.schema)
+            for _ in range(20):
+                writer.write_batch(batch)
+                time.sleep(0.05)
+        with pytest.raises(flight.FlightError) as caught:
+            reader.read_chunk()
+        with suppress(pa.ArrowException):
+            writer.close()
+        return str(from_flight(caught.value))
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda call: ends(*call), calls))
+    assert sorted("busy" in line for line in found) == [False, *[True] * 5]
+    assert sum("longer than the server allows" in line for line in found) == 1
     assert len(scorer.score(texts, HIDDEN)) == 6

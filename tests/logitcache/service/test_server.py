@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -95,6 +97,17 @@ def test_any_flight_client_reads_it(service: Service) -> None:
     assert table["index"].to_pylist() == [4, 0]
     assert table["completion_tokens"].to_pylist() == [3, 3]
     assert table["sample_id"][1].as_py() == service.local(None).read_tokens([0])[0].sample_id
+    for path in (("cache",), ("cache", "hidden")):
+        info = client(service).get_flight_info(flight.FlightDescriptor.for_path(*path))
+        whole = client(service).do_get(info.endpoints[0].ticket).read_all()
+        assert whole.schema == info.schema
+        assert whole["index"].to_pylist() == list(range(18))
+
+
+def test_all_is_asked_for_by_name() -> None:
+    for change in ({"cache": "\ud800"}, {"tier": 3}, {"manifest": None}, {"indices": [0]}):
+        with pytest.raises(UserError, match="a request"):
+            parse_request(json.dumps({"get": "all", "cache": "c", "manifest": "m", "tier": None} | change).encode())
 
 
 def test_health(service: Service) -> None:
@@ -112,6 +125,8 @@ def test_health(service: Service) -> None:
         ({"cache": 1}, "cache is not a name"),
         ({"manifest": None}, "manifest is missing"),
         ({"tier": ["topk"]}, "tier is not a name"),
+        ({"cache": "\ud800"}, "cache is not a name"),
+        ({"tier": "top\udcffk"}, "tier is not a name"),
         ({"indices": 3}, "not a list"),
         ({"indices": [True]}, "not a list"),
         ({"indices": [-1]}, "not a list"),
@@ -151,7 +166,13 @@ def test_requests_for_what_is_not_there(service: Service) -> None:
     assert "no such array" in str(refusal(lambda: server.do_get(flight.Ticket(json.dumps(shared).encode())).read_all()))
     for path in ((), ("nothing",), ("cache", "full"), ("cache", "topk", "x")):
         refusal(lambda path=path: server.get_flight_info(flight.FlightDescriptor.for_path(*path)))
-    for kind, body in (("stop", b""), ("cache", b"{}"), ("cache", b'{"cache":1}'), ("tier", b'{"cache":"cache"}')):
+    for kind, body in (
+        ("stop", b""),
+        ("cache", b"{}"),
+        ("cache", b'{"cache":1}'),
+        ("tier", b'{"cache":"cache"}'),
+        ("cache", b'{"cache":"\\ud800"}'),
+    ):
         refusal(lambda kind=kind, body=body: list(server.do_action(flight.Action(kind, body))))
 
 
@@ -199,7 +220,9 @@ def self_signed() -> tuple[bytes, bytes]:
     return certificate.public_bytes(pem), key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
 
 
-def test_tls_reads_what_it_trusts_and_nothing_else(start: Start, token_file: Path, tmp_path: Path) -> None:
+def test_tls_reads_what_it_trusts_and_nothing_else(
+    start: Start, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     certificate, key = self_signed()
     (tmp_path / "roots.pem").write_bytes(certificate)
     (tmp_path / "others.pem").write_bytes(self_signed()[0])
@@ -216,8 +239,15 @@ def test_tls_reads_what_it_trusts_and_nothing_else(start: Start, token_file: Pat
     for other, options in cases:
         with pytest.raises(UserError, match="no answer"):
             other.remote(None, token=ALL, patience_s=0.3, **options)
-    with pytest.raises(UserError, match="give a PEM file"):
-        service.remote(None, tls_roots=tmp_path / "nothing")
+    (tmp_path / "key.pem").write_bytes(key)
+    for bad in ("nothing", "key.pem"):
+        with pytest.raises(UserError, match="give a PEM file"):
+            service.remote(None, tls_roots=tmp_path / bad)
+    monkeypatch.setenv("LOGITCACHE_TLS_ROOTS", str(tmp_path / "others.pem"))
+    with pytest.raises(UserError, match=r"certificate verify failed.*check its certificate"):
+        service.remote(None, token=ALL, patience_s=0.3)
+    monkeypatch.setenv("LOGITCACHE_TLS_ROOTS", str(tmp_path / "roots.pem"))
+    assert len(service.remote(None, token=ALL)) == 18
 
 
 @pytest.mark.parametrize(
@@ -249,6 +279,21 @@ def test_what_may_not_be_served(place: str, tmp_path: Path, free_port: int) -> N
         Catalogue([f"{tmp_path}/nothing/*"])
     with pytest.raises(UserError, match="free HOST:PORT"):
         run_server([place], Settings(port=0, metrics="127.0.0.1:none"))
+    for option, values in {
+        "scores_gb": ("nan", "inf", "0", "1e300"),
+        "reload_s": ("nan", "inf", "-1", "1e300"),
+        "gather_s": ("nan", "inf", "-1"),
+    }.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"--{option.replace('_', '-')}"):
+                Settings(**{option: float(value)})
+    for limit in ({"streams": 0}, {"drain_s": float("nan")}, {"drain_s": float("inf")}):
+        with pytest.raises(UserError, match=r"got \S+; choose"):
+            Limits(**limit)
+    (tmp_path / "file").write_text("")
+    for scores in (tmp_path / "file", Path("/proc/nothing")):
+        with pytest.raises(UserError, match="a folder that can be written"):
+            run_server([place], Settings(port=0, scores=scores), teachers=lambda: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match="certificate and key"):
         Settings(tls_key=tmp_path / "key.pem")
     with socket.socket() as taken:
@@ -280,14 +325,14 @@ def test_a_damaged_cache_is_an_error_that_names_no_object(
 
 
 def test_turns_are_bounded_and_end() -> None:
-    turns = Turns(Limits(streams=1, queue_s=0.05, drain_s=0.05))
+    turns = Turns(Limits(streams=1, queue_s=0.05))
     with turns.turn():
         with pytest.raises(Refusal, match="busy"), turns.turn():
             pass
-        assert not turns.drain()
+        assert not turns.drain(time.monotonic() + 0.05)
     with pytest.raises(Refusal, match="shutting down"), turns.turn():
         pass
-    assert turns.drain()
+    assert turns.drain(time.monotonic())
 
 
 def test_the_queue_is_bounded() -> None:
@@ -327,7 +372,7 @@ def test_who_came_first_is_served_first_and_none_is_served_after_the_end() -> No
     for thread in threads:
         thread.join()
     assert served == [0, 1, 2, 3]
-    assert turns.drain()
+    assert turns.drain(time.monotonic())
 
 
 def test_a_codec_that_cannot_count_is_sent_decoded(place: str) -> None:
@@ -391,8 +436,26 @@ def test_sigterm_ends_it_once_streams_are_sent(place: str, spawn: Any, free_port
     assert log[2]["drained"]
 
 
+def test_a_client_that_stops_reading_is_not_waited_for(place: str) -> None:
+    options = ["--port", "0", "--drain-s", "1", "--json"]
+    command = [sys.executable, "-m", "logitcache.cli", "serve", place, *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        location = json.loads(process.stdout.readline())["location"]
+        digest = str(open_cache(place, targets=None).manifest.digest)
+        request = RowsRequest(cache="cache", manifest=digest, tier=None, indices=(5,) * 60_000)
+        stream = flight.FlightClient(location).do_get(flight.Ticket(to_bytes(request)))
+        stream.read_chunk()
+        process.terminate()
+        assert process.wait(10) == 1
+    finally:
+        process.kill()
+        process.communicate()
+
+
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()), max_size=9),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(list(ROWS)), inner, max_size=8),
     max_leaves=12,
 )
