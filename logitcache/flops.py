@@ -68,7 +68,7 @@ class ModelShape:
         """Read a `config.json` (or `PreTrainedConfig.to_dict()`).
 
         Raises:
-            UserError: the architecture's cost is not known here.
+            UserError: the architecture's cost is not known here, or a width that decides it is missing or none.
         """
         model_type = config.get("model_type")
         if model_type not in KNOWN_MODEL_TYPES:
@@ -76,15 +76,15 @@ class ModelShape:
             raise UserError("count FLOPs", f"model_type {model_type!r} has no formula", do)
         if config.get("use_sliding_window"):
             raise UserError("count FLOPs", "sliding-window attention has no formula", "use a model without it")
-        heads = int(config["num_attention_heads"])
+        hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
         return cls(
-            layers=int(config["num_hidden_layers"]),
-            hidden=int(config["hidden_size"]),
+            layers=_count(config, "num_hidden_layers"),
+            hidden=hidden,
             heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            mlp=int(config["intermediate_size"]),
-            vocab=int(config["vocab_size"]),
+            kv_heads=_count(config, "num_key_value_heads", default=heads),
+            head_dim=_count(config, "head_dim", default=hidden // heads),
+            mlp=_count(config, "intermediate_size"),
+            vocab=_count(config, "vocab_size"),
             **(_experts_of(config) if model_type == "qwen3_moe" else {}),
         )
 
@@ -101,15 +101,26 @@ class ModelShape:
 
 def _experts_of(config: Mapping[str, Any]) -> dict[str, int]:
     """Which layers are sparse is decided as transformers' Qwen3MoeDecoderLayer does."""
-    dense, step = set(config.get("mlp_only_layers") or ()), int(config.get("decoder_sparse_step", 1))
-    experts = int(config["num_experts"] if "num_experts" in config else config["num_local_experts"])
-    sparse = [i for i in range(int(config["num_hidden_layers"])) if i not in dense and (i + 1) % step == 0]
+    dense, step = config.get("mlp_only_layers") or (), _count(config, "decoder_sparse_step", default=1)
+    name = "num_experts" if "num_experts" in config else "num_local_experts"
+    if config.get(name) == 0:
+        return {}
+    layers = range(1, 1 + _count(config, "num_hidden_layers"))
     return {
-        "experts": experts,
-        "active_experts": int(config["num_experts_per_tok"]),
-        "expert_mlp": int(config["moe_intermediate_size"]),
-        "sparse_layers": len(sparse) if experts else 0,
+        "experts": _count(config, name),
+        "active_experts": _count(config, "num_experts_per_tok"),
+        "expert_mlp": _count(config, "moe_intermediate_size"),
+        "sparse_layers": sum(layer - 1 not in dense and layer % step == 0 for layer in layers),
     }
+
+
+def _count(config: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
+    """A whole number from 1 on; `default` for one that is missing or null."""
+    value = config.get(name)
+    value = default if value is None else value
+    if type(value) is not int or value < 1:
+        raise UserError("count FLOPs", f"a configuration whose {name} is {value!r}", "use a model's own config.json")
+    return value
 
 
 def _layer_weights(shape: ModelShape, *, experts: int) -> int:
@@ -140,9 +151,12 @@ def body(shape: ModelShape, lengths: Iterable[int], *, attention: Attention = At
     """One forward over sequences of these lengths up to the state after the final norm, without the head."""
     total = 0
     for length in lengths:
-        pairs = length * length if attention is Attention.FULL else length * (length + 1) // 2
-        total += projections(shape, length) + pairs * _pair_flops(shape)
+        total += projections(shape, length) + _pairs(length, attention) * _pair_flops(shape)
     return total
+
+
+def _pairs(length: int, attention: Attention) -> int:
+    return length * length if attention is Attention.FULL else length * (length + 1) // 2
 
 
 def forward(
@@ -176,8 +190,8 @@ def recomputation(shape: ModelShape, lengths: Iterable[int], *, attention: Atten
 def adapters(shape: ModelShape, tokens: int, *, rank: int, matrices: Sequence[str] = ADAPTED) -> int:
     """LoRA's two thin products beside each adapted matrix of every layer (arXiv 2106.09685), forward.
 
-    A training step with every layer's weights and the head frozen costs `forward + adapters`, and
-    `backward(forward + adapters, frozen=projections + head)`.
+    A training step with all weights frozen costs `forward + adapters`, and
+    `backward(forward + adapters, frozen=projections + head + before_adapters)`.
 
     Args:
         shape: of the model.
@@ -193,6 +207,44 @@ def adapters(shape: ModelShape, tokens: int, *, rank: int, matrices: Sequence[st
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     widths = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": shape.mlp, "up": shape.mlp, "down": shape.mlp}
     return 2 * tokens * shape.layers * rank * sum(shape.hidden + widths[name] for name in matrices)
+
+
+def before_adapters(
+    shape: ModelShape,
+    lengths: Iterable[int],
+    *,
+    rank: int,
+    matrices: Sequence[str] = ADAPTED,
+    attention: Attention = Attention.CAUSAL,
+) -> int:
+    """The backward's products towards what comes before the first layer's first adapters: with LoRA, left out.
+
+    Embeddings are frozen, so the first layer's input has no gradient, and neither has anything up to an adapter.
+
+    Args:
+        shape: of a dense model.
+        lengths: of the sequences.
+        rank: r.
+        matrices: as for `adapters`.
+        attention: which pairs are counted.
+    """
+    lengths, adapted = list(lengths), set(matrices)
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    stages = [
+        (shape.hidden, {"q": queries, "k": keys, "v": keys}),
+        (queries, {"o": shape.hidden}),
+        (shape.hidden, {"gate": shape.mlp, "up": shape.mlp}),
+        (shape.mlp, {"down": shape.hidden}),
+    ]
+    # Attention's backward is a product towards each of queries, keys, values, and the weights between the first two.
+    needed = len(adapted & {"q", "k", "v"}) + bool(adapted & {"q", "k"})
+    total = 2 * (4 - needed) * queries * sum(_pairs(length, attention) for length in lengths)
+    for width, widths in stages:
+        thin = rank * len(adapted & widths.keys())
+        total += 2 * sum(lengths) * width * (sum(widths.values()) + thin)
+        if thin:
+            break
+    return total
 
 
 def generate(

@@ -2,7 +2,7 @@
 
 Guarantees: the ledger's marginal FLOPs never exceed the budget, and one more step would have exceeded it. A step that
 is not taken leaves no row; what drawing it had cost is stated apart. A step's cost is known before its update, from the
-functions that fill the ledger, and compared with the ledger after it: a difference is an error. The student is measured
+function that fills the ledger, and compared with the ledger after it: a difference is an error. The student is measured
 as it is when a point is reached: before the step that would pass it. With a learning rate that does not depend on the
 number of steps, a run up to a budget is therefore the beginning of every run up to a larger one.
 """
@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.batch import Batch, teacher_head_flops
-from trainer.flops import FlopLedger, add_training
+from trainer.batch import Batch
+from trainer.flops import FlopLedger
+from trainer.loop import add_batch
+from trainer.objectives import Objective
 from trainer.prefixes import PrefixSource
 from trainer.student import Student
 from trainer.usage import Stopwatch
@@ -27,6 +29,7 @@ class BudgetedPrefixes:
     Attributes:
         source: whose text is trained on.
         student: that is trained.
+        objective: what is minimised.
         points: marginal FLOPs at which to measure, ascending; the last is the budget.
         measure: told the step that was not taken and the ledger; what it returns is kept with the point.
         measured: a line for each point that was reached.
@@ -36,6 +39,7 @@ class BudgetedPrefixes:
 
     source: PrefixSource
     student: Student
+    objective: Objective
     points: tuple[int, ...]
     measure: Callable[[int, FlopLedger], Mapping[str, Any]]
     measured: list[dict[str, Any]] = field(default_factory=list, init=False)
@@ -71,22 +75,14 @@ class BudgetedPrefixes:
             self.abandoned_flops = drawn.marginal()
             return []
         for row in drawn.rows:
-            ledger.add(row.phase, row.flops, step=row.step)
+            ledger.add(row.phase, row.flops, step=row.step, hits=row.hits, misses=row.misses)
         self._predicted = after
         return batches
 
     def _training_flops(self, batches: list[Batch], step: int) -> int:
         predicted = FlopLedger()
         for batch in batches:
-            add_training(
-                predicted,
-                self.student.shape,
-                batch,
-                teacher_head_flops=teacher_head_flops(batch),
-                step=step,
-                gradient_checkpointing=self.student.gradient_checkpointing,
-                lora=self.student.lora,
-            )
+            add_batch(predicted, self.student, self.objective, batch, step=step)
         return predicted.marginal()
 
     def use_window(self, completion_tokens: int) -> None:

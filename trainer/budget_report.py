@@ -17,13 +17,13 @@ from trainer.curves import Curve, Estimate, crossings
 from trainer.planning.study import Study
 from trainer.report import COLOURS, flop_text, markdown_table, new_figure, text_table
 from trainer.runs import write_json
-from trainer.settings import Prefix
 
 JSON, MARKDOWN, PLOT = "equal_flops.json", "equal_flops.md", "equal_flops.png"
 _COMPARED = ("forward_kl_nats", "reverse_kl_nats", "avg_at_")
 """Names, or their beginnings, of what curves are compared in."""
 _USED = ("spent_flops", "steps", "seconds", "joules")
-_STYLES = {Prefix.TEACHER: "-", Prefix.STUDENT: "--"}
+_STYLES = {"teacher": "-", "student": "--"}
+"""Of lines, by prefix; of mixed ones dotted."""
 Run = Mapping[str, Any]
 
 
@@ -59,7 +59,7 @@ def summary(runs: Sequence[Run], start: Mapping[str, Any], study: Study, build_f
 def _curve(runs: Sequence[Run], study: Study, build_flops: int) -> dict[str, Any]:
     """The points of one cell, over its seeds."""
     first = runs[0]
-    share = study.share(Prefix(first["prefix"]), build_flops)
+    share = study.share(first["student_share"], build_flops)
     points = []
     for lines in zip(*(run["points"] for run in runs), strict=True):
         measured = [name for name in lines[0] if name not in ("flops", *_USED) and lines[0][name] is not None]
@@ -110,7 +110,10 @@ def budgets_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     """Header and rows: every budget and cell, marginal and amortised."""
     students = report["config"]["study"]["students"]
     metrics = report["metrics"]
-    header = ["budget", "cell", "steps", *map(_title, metrics), "seconds"]
+    measured = [point for curve in report["curves"] for point in curve["points"]]
+    forms = {"seconds": "{:.1f}", "joules": "{:.0f}", "money": "{:.4g}"}
+    clocks = {name: form for name, form in forms.items() if any(point[name] is not None for point in measured)}
+    header = ["budget", "cell", "steps", *map(_title, metrics), *clocks]
     header += [f"{_title(name)}, amortised/{students}" for name in metrics]
     rows = []
     for budget, curve in itertools.product(report["config"]["study"]["budgets"], report["curves"]):
@@ -119,7 +122,7 @@ def budgets_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         low, high = min(point["steps"]), max(point["steps"])
         steps = str(low) if low == high else f"{low} to {high}"
         row = [flop_text(budget), _name(curve), steps, *(_estimate(point[name]) for name in metrics)]
-        row.append(f"{point['seconds']:.1f}")
+        row += ["unknown" if point[name] is None else form.format(point[name]) for name, form in clocks.items()]
         left = points.get(budget - curve["share_flops"])
         rows.append([*row, *("not built" if left is None else _estimate(left[name]) for name in metrics)])
     return header, rows
@@ -132,14 +135,15 @@ def crossings_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str
     for found in report["crossings"]:
         (one, divergence), (other, other_divergence) = (name.split(" ") for name in found["between"])
         if divergence == other_divergence and one != other:
-            by_seed = "; ".join(map(_places, found["flops_by_seed"]))
+            by_seed = [_places(places) or "none" for places in found["flops_by_seed"]]
+            seeds = "; ".join(by_seed) if any(found["flops_by_seed"]) else "-"
             row = [_title(found["metric"]), found["axis"], " and ".join(found["between"])]
-            rows.append([*row, _places(found["flops"]), by_seed])
+            rows.append([*row, _places(found["flops"]) or "none within the budget", seeds])
     return header, rows
 
 
 def _places(flops: Sequence[float]) -> str:
-    return ", ".join(map(flop_text, flops)) or "none within the budget"
+    return ", ".join(map(flop_text, flops))
 
 
 def _title(metric: str) -> str:
@@ -155,14 +159,19 @@ def facts(report: Mapping[str, Any]) -> list[str]:
     """What was measured, a clause each."""
     study, cache = report["config"]["study"], report["cache"]
     start = ", ".join(f"{_title(name)} {report['start'][name]:.3f}" for name in report["metrics"])
+    seeds = len(study["seeds"])
+    over = f"Means over {seeds} seeds, ± half of their 95% interval (Student's t)" if seeds > 1 else "One seed"
     found = [
-        f"Means over {len(study['seeds'])} seeds, ± half of their 95% interval (Student's t); KL in nats per held-out "
-        "token",
+        f"{over}; KL in nats per held-out token",
         f"the student starts at {start}",
         f"amortised: {flop_text(report['build_flops'])} of the build over {study['students']} students",
         f"cache: {cache['completion_tokens']} completion tokens by {cache['teacher']}",
         f"device: {report['device']}; commit {report['commit']}",
     ]
+    if (price := report.get("price_per_hour")) is not None:
+        found.append(f"money at {price:g} an hour")
+    if share := report["config"].get("cross_entropy_share"):
+        found.insert(1, f"on teacher prefixes {share:g} of the loss is the cross-entropy of the text")
     if report["config"]["questions"] is not None:
         asked = report["config"]["questions"]
         found.insert(1, f"Avg@k on {asked['count']} problems of {asked['name']}, as a share of 1")
@@ -190,7 +199,7 @@ def _draw_curve(axes: Any, curve: Mapping[str, Any], axis: str, metric: str, sta
     share = curve["share_flops"] if axis == "amortised_flops" else 0
     cost = [share / 1e12, *(point[axis] / 1e12 for point in curve["points"])]
     values = [point[metric] for point in curve["points"]]
-    style = _STYLES[Prefix(curve["prefix"])]
+    style = _STYLES.get(curve["prefix"], ":")
     axes.plot(cost, [start, *(value["mean"] for value in values)], style, color=colour, label=_name(curve))
     if values[0]["low"] is not None:
         lows, highs = ([start, *(value[end] for value in values)] for end in ("low", "high"))

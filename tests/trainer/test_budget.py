@@ -27,6 +27,7 @@ from trainer.student import Student, load_student
 CPU = torch.device("cpu")
 PLAN = BatchPlan(sequences=3, max_completion_tokens=12, micro_batch_tokens=16)
 STEPS = 6
+OBJECTIVE = Objective(forward_weight=1.0)
 
 
 @pytest.fixture(params=["cached", "on policy"])
@@ -60,14 +61,16 @@ def make(
     return made
 
 
-def budgeted(student: Student, source: PrefixSource, points: tuple[int, ...]) -> BudgetedPrefixes:
+def budgeted(
+    student: Student, source: PrefixSource, points: tuple[int, ...], objective: Objective = OBJECTIVE
+) -> BudgetedPrefixes:
     """Measures a weight, and costs evaluation."""
 
     def measure(step: int, ledger: FlopLedger) -> dict[str, Any]:
         ledger.add(Phase.EVALUATION, 10**9, step=step)
         return {"weight": float(student.parameters[0].detach().double().sum())}
 
-    return BudgetedPrefixes(source=source, student=student, points=points, measure=measure)
+    return BudgetedPrefixes(source=source, student=student, objective=objective, points=points, measure=measure)
 
 
 def train(
@@ -77,6 +80,7 @@ def train(
     *,
     steps: int = 10**9,
     checkpoints: Checkpoints | None = None,
+    objective: Objective = OBJECTIVE,
 ) -> tuple[FlopLedger, list[dict[str, Any]]]:
     """The ledger, and the lines of metrics."""
     directory.mkdir(exist_ok=True)
@@ -85,7 +89,7 @@ def train(
         distill(
             student=student,
             source=source,
-            objective=Objective(forward_weight=1.0),
+            objective=objective,
             optimisation=Optimisation(steps=steps, learning_rate=1e-3, warmup_steps=2),
             ledger=ledger,
             metrics=metrics,
@@ -119,6 +123,18 @@ def test_it_ends_in_the_step_that_would_exceed_it_and_measures_where_points_are_
     assert (source.abandoned_flops > 0) == own
     assert all(row.step < 4 for row in ledger.rows if row.phase is not Phase.EVALUATION)
     assert source.measured[-1]["seconds"] >= source.measured[0]["seconds"] >= 0
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_cross_entropy_of_the_text_is_in_the_prediction(
+    share: float, student: Student, reader: Any, head: TeacherHead, tmp_path: Path
+) -> None:
+    inner = CachedPrefixes(reader=reader, indices=range(8), head=head, plan=PLAN, seed=5, device=CPU)
+    objective = Objective(forward_weight=1.0, cross_entropy_share=share)
+    source = budgeted(student, inner, (10**9,), objective)
+    ledger, lines = train(student, source, tmp_path, objective=objective)
+    assert ledger.marginal() == lines[-1]["flops"] <= 10**9  # a wrong prediction ends the run as an error
+    assert (ledger.by_phase()[Phase.HEAD_REPROJECTION] == 0) == (share == 1)
 
 
 def test_a_run_to_a_budget_is_the_beginning_of_one_to_a_larger_one(make: Any, tmp_path: Path) -> None:

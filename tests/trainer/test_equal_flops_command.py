@@ -14,6 +14,7 @@ import pytest
 
 from logitcache.console import run_command
 from tests.trainer.test_commands import SIZE, built, trainer
+from tests.trainer.test_served import Served
 from trainer.cli import app
 from trainer.flops import FlopLedger
 
@@ -75,7 +76,15 @@ def without_clocks(value: Any) -> Any:
         (["--budgets", "4e9", "--steps", "5"], "no --steps"),
         (["--budgets", "4e9", "--seed", "5"], "no --seed"),
         (["--budgets", "4e9", "--schedule", "cosine"], "leave it constant"),
+        (["--budgets", "4e9", "4e9"], "--budgets, none twice"),
         (["--budgets", "4e9", "--mixes", "1.5"], "a forward weight of 0 to 1"),
+        (["--budgets", "4e9", "--student-shares", "0.3"], "choose a share that makes 1 or more of either"),
+        (["--budgets", "4e9", "--student-shares", "0.5", "--targets", "topk"], "topk targets, which no metric may mix"),
+        (["--budgets", "4e9", "--student-shares", "1", "--cross-entropy-share", "0.5"], "no cell on teacher prefixes"),
+        (["--budgets", "4e9", "--cross-entropy-share", "2"], "a cross-entropy share of 0 to 1"),
+        (["--budgets", "4e9", "--checkpoint-every", "0"], "--checkpoint-every, at least 1"),
+        (["--budgets", "4e9", "--plan", "--flops-per-second", "-5"], "--flops-per-second, above 0"),
+        (["--budgets", "4e9", "--plan", "--flops-per-second", "nan"], "--flops-per-second, above 0"),
         (["--budgets", "4e9", "--problems", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
@@ -87,6 +96,45 @@ def test_bad_input_is_one_line_before_any_work(
     assert said.count("\n") == 1
     assert found in said
     assert not (tmp_path / "out").exists()
+
+
+def test_answers_longer_than_the_context_are_refused_before_any_work(
+    cache: Path, tiny_dir: Path, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--budgets", "4e9", "--problems", problems, "--max-new-tokens", "1000000"]
+    code, _, said = run(command(cache, tiny_dir, *more, "--out", tmp_path / "out"), capsys)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "the model's context holds" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_served_teacher_scores_mixed_prefixes_as_one_on_this_machine_does(
+    cache: Path, tiny_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = Served(str(cache), "--teacher", f"tiny={tiny_dir}", "--dtype", "float32")
+    shares = ["--budgets", "4e9", "--student-shares", "0.5", "--seeds", "1", "--mixes", "0.5", "--parts", "1"]
+    try:
+        plans, reports = [], []
+        for number, teacher in enumerate((str(tiny_dir), f"{served.location}#tiny")):
+            words = ["equal-flops", cache, "--student", tiny_dir, "--teacher", teacher, *SIZE[2:], *shares]
+            words += ["--out", tmp_path / str(number), "--json"]
+            for more, kept in ((["--plan"], plans), ([], reports)):
+                code, answered, said = run([*map(str, words), *more], capsys)
+                assert code == 0, said
+                kept.append(without_clocks(json.loads(answered)))
+    finally:
+        served.kill()
+    assert plans[0] == plans[1]
+    assert reports[0] == reports[1]
+    (done,), (curve,) = reports[0]["runs"], reports[0]["curves"]
+    assert (done["prefix"], done["student_share"]) == ("mixed-0.5", 0.5)
+    assert min(done["flops"][phase] for phase in ("teacher_prefill", "student_rollout", "student_forward")) > 0
+    assert curve["share_flops"] == -(-sum(reports[0]["cache"]["flops"].values()) // 10)
+    (row,) = plans[0]["budgets"]
+    assert (row["prefix"], row["tier"]) == ("mixed-0.5", "hidden")
+    assert abs(row["steps"] - done["steps"]) <= 2
+    assert "One seed; KL in nats" in (tmp_path / "0" / "equal_flops.md").read_text()
 
 
 def test_no_place_is_an_error(cache: Path, tiny_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +180,13 @@ def test_two_runs_agree_on_every_flop_also_if_one_was_killed(
     for ledger in sorted((killed / "runs").glob("*/ledger.json")):
         assert ledger.read_bytes() == (tmp_path / "whole" / ledger.relative_to(killed)).read_bytes()
     check_report(one, killed)
+    priced = trainer(*whole(cache, tiny_dir, problems, killed), "--price-per-hour", "3600")
+    assert priced.returncode == 0, priced.stderr
+    told = json.loads(priced.stdout)
+    assert without_clocks(told) == without_clocks(one) | {"price_per_hour": 3600}
+    points = [point for curve in told["curves"] for point in curve["points"]]
+    assert [point["money"] for point in points] == pytest.approx([point["seconds"] for point in points])
+    assert "| money |" in (killed / "equal_flops.md").read_text()
     another = trainer(*whole(cache, tiny_dir, problems, killed), "--students", "3")
     assert another.returncode == 2
     assert "study.students: 10 there, 3 asked" in another.stderr

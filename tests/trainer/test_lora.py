@@ -8,18 +8,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from logitcache import flops
 from logitcache.errors import UserError
+from logitcache.scoring import Prompt, Sampling
 from tests.trainer.test_checkpoint import Stopped
 from tests.trainer.test_commands import of_steps
 from trainer.batch import TeacherHead, collate
 from trainer.checkpoint import MODEL, Checkpoints
-from trainer.flops import FlopLedger, Phase
+from trainer.evaluate import evaluate
+from trainer.flops import FlopLedger, Phase, add_rollout
 from trainer.loop import distill
 from trainer.objectives import Objective
 from trainer.prefixes import CachedPrefixes
+from trainer.rollouts import VLLMRollouts, student_generator, unmerged_adapters
 from trainer.runs import MetricsLog
 from trainer.settings import BatchPlan, Lora, Optimisation, Training
 from trainer.student import Student, load_student
@@ -99,7 +103,27 @@ def test_adapters_alone_learn_and_a_run_goes_on_bit_for_bit(
     full = totals[Phase.STUDENT_FORWARD] - thin
     tokens = sum(line["completion_tokens"] for line in of_steps(tmp_path / "whole"))
     frozen = flops.projections(student.shape, rows) + flops.head(student.shape, tokens)
+    frozen += flops.before_adapters(student.shape, [rows], rank=4)
     assert totals[Phase.STUDENT_BACKWARD] == 2 * (full + thin) - frozen
+
+
+def test_what_adapters_cost_is_counted_where_they_run(tiny_dir: Path, scored: list[Any], head: TeacherHead) -> None:
+    """In evaluation, and in what a student writes with its adapters beside the weights."""
+    prompts, sampling = [Prompt(problem_id="p", token_ids=(3, 4, 5))], Sampling(max_new_tokens=5, temperature=0.0)
+    batch, counts, costs = collate(scored, head, CPU), [], []
+    for lora in (None, LORA):
+        student = load_student(tiny_dir, vocab_size=49_152, precision="float32", lora=lora)
+        generator = student_generator(student, stop_ids=frozenset())
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            student.head_over(batch)
+            (written,) = generator.generate(prompts, sampling)
+        ledger, adapters = FlopLedger(), unmerged_adapters(student, generator)
+        evaluate(student, [batch], ledger, step=0)
+        add_rollout(ledger, student.shape, [3], [written.completion_tokens], step=0, lora=adapters)
+        counts.append(counter.get_total_flops())
+        costs.append(sum(ledger.by_phase().values()))
+    assert costs[1] - costs[0] == counts[1] - counts[0] > 0
+    assert unmerged_adapters(student, VLLMRollouts(student=student, engine=None)) is None
 
 
 def test_adapters_begin_as_nothing_and_follow_their_seed(tiny_dir: Path, student: Student, scored: list[Any]) -> None:

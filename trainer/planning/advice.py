@@ -8,13 +8,15 @@ paper's findings and arithmetic, no model of quality: none of them knows what a 
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from logitcache.console import note
 from logitcache.errors import UserError, require
 from trainer.curriculum import CurriculumPlan
 from trainer.planning.case import Aim, Case, Have
-from trainer.planning.costs import build_cost
+from trainer.planning.costs import Text, build_cost
+from trainer.planning.evidence import STUDY_RESULTS, at_equal_flops
 from trainer.planning.models import hub_name
 from trainer.planning.plan import CellCost, cache_text, cell_cost, models
 from trainer.planning.storage import MEASUREMENTS, PLAIN, kind_of_tier, measured, storage
@@ -45,8 +47,7 @@ class Advice:
         forward_weight: 1 forward KL, 0 reverse KL.
         tier: of the cache, to train from and to measure on; student prefixes are scored live.
         windows: completion tokens to train on: one, or the ladder of the entropy-gated curriculum.
-        cost: of one student.
-        build: FLOPs of what must be built first, `generate` and `score`.
+        cost: of one student; its build is what must be built first, whoever owes it.
         reasons: for each of these.
         commands: that do it, in order, as words.
     """
@@ -56,7 +57,6 @@ class Advice:
     tier: str
     windows: tuple[int, ...]
     cost: CellCost
-    build: dict[str, int]
     reasons: tuple[Reason, ...]
     commands: tuple[tuple[str, ...], ...]
 
@@ -74,6 +74,7 @@ def advise(aim: Aim, case: Case, *, cache: str, problems: str) -> Advice:
         UserError: an unknown model, long completions that are not, or a budget that does not pay for a step and the
             share of the build.
     """
+    _note_vocabularies(case)
     window = min(case.completion_tokens, case.window or case.completion_tokens)
     share = case.student_share
     require(share is None, "advice without --student-share", share, "leave it out: `trainer plan` has mixed prefixes")
@@ -84,14 +85,15 @@ def advise(aim: Aim, case: Case, *, cache: str, problems: str) -> Advice:
     if prefix is Prefix.STUDENT:
         tier = HIDDEN
     windows, schedule = _windows(prefix, forward_weight, window)
-    cost = cell_cost(case, prefix, tier if prefix is Prefix.TEACHER else None)
+    cost = _costs(case, tier)[prefix]
     if cost.amortised_steps < 1:
-        share = sum(cost.build.values()) // case.students
+        share = cost.share(case.students)
         raise UserError(
             f"--budget {case.budget:g}",
             f"one step on {prefix} prefixes costs {cost.step_flops:.4g} FLOPs, the share of the build {share:.4g}",
-            "raise it, share the cache among more --students, or take a shorter --window",
+            "raise it, build for fewer --problems or more --students, or take a shorter --window",
         )
+    ours = Reason(why=at_equal_flops(prefix, "forward" if forward_weight == 1 else "reverse"), source=STUDY_RESULTS)
     distill = _distill(case, prefix, forward_weight, windows, tier, cost.amortised_steps, cache)
     return Advice(
         prefix=prefix,
@@ -99,10 +101,17 @@ def advise(aim: Aim, case: Case, *, cache: str, problems: str) -> Advice:
         tier=tier,
         windows=windows,
         cost=cost,
-        build=cost.build if prefix is Prefix.TEACHER else _prompts_build(case),
-        reasons=(divergence, *prefix_reasons, _tier_reason(tier, prefix, case), schedule),
+        reasons=(divergence, *prefix_reasons, ours, _tier_reason(tier, prefix, case), schedule),
         commands=(*_cache_commands(case, tier, prefix, cache, problems), distill),
     )
+
+
+def _note_vocabularies(case: Case) -> None:
+    """Heads of one tokenizer may be padded differently: this tells no more than that the tokenizers may differ."""
+    student, teacher = models(case).student.vocab, models(case).teacher.vocab
+    if student != teacher:
+        found = f"the student's head has {student:,} rows, the teacher's {teacher:,}"
+        note(f"warning: {found}; unless that is padding, the tokenizers differ and `trainer distill` will refuse")
 
 
 def _divergence(aim: Aim) -> tuple[float, Reason]:
@@ -126,14 +135,14 @@ def _prefix(aim: Aim, case: Case, window: int, tier: str) -> tuple[Prefix, list[
 
 def _cheaper(case: Case, tier: str) -> tuple[Prefix, Reason]:
     """More steps within the budget, or fewer FLOPs for the steps, what must be built first included."""
-    cached, live = cell_cost(case, Prefix.TEACHER, tier), cell_cost(case, Prefix.STUDENT, None)
+    costs = _costs(case, tier)
+    cached, live = costs[Prefix.TEACHER], costs[Prefix.STUDENT]
     if case.budget is not None:
         wins = cached.amortised_steps >= live.amortised_steps
-        why = f"the budget pays for {cached.amortised_steps} steps from the cache and its share of the build, or for "
-        why += f"{live.amortised_steps} on student prefixes"
+        why = f"the budget pays for {cached.amortised_steps} steps from the cache, {live.amortised_steps} on student "
+        why += "prefixes, each after its share of what must be built first"
     else:
-        of_cached = cached.amortised(case.students)
-        of_live = live.amortised(case.students) + sum(_prompts_build(case).values()) // case.students
+        of_cached, of_live = (cost.amortised(case.students) for cost in (cached, live))
         wins = of_cached <= of_live
         why = f"a student costs {flop_text(of_cached)} from the cache, {flop_text(of_live)} on its own prefixes, each "
         why += "with its share of what must be built first"
@@ -141,10 +150,20 @@ def _cheaper(case: Case, tier: str) -> tuple[Prefix, Reason]:
     return chosen, Reason(why=f"{chosen} prefixes: {why}", source=COUNT)
 
 
-def _prompts_build(case: Case) -> dict[str, int]:
-    """A cache for a run on student prefixes, which takes its prompts and held-out text: short completions do."""
-    short = cache_text(case).within(SHORT_WINDOW)
-    return build_cost(models(case).teacher, short, kind="hidden", have=case.have)
+def _costs(case: Case, tier: str) -> dict[Prefix, CellCost]:
+    """Of a student from the cache with this tier, and of one that writes, which needs a cache all the same."""
+    cached, live = cell_cost(case, Prefix.TEACHER, tier), cell_cost(case, Prefix.STUDENT, None)
+    live = replace(live, build=build_cost(models(case).teacher, _prompts_text(case), kind="hidden", have=case.have))
+    if case.budget is not None:
+        steps = max(0, int(case.budget) - live.share(case.students)) // live.step_flops
+        live = replace(live, amortised_steps=steps)
+    return {Prefix.TEACHER: cached, Prefix.STUDENT: live}
+
+
+def _prompts_text(case: Case) -> Text:
+    """Of a cache for a student that writes: it takes prompts and held-out text, for which short completions do."""
+    text = cache_text(case)
+    return text.within(SHORT_WINDOW) if case.have is Have.NOTHING else text
 
 
 def _tier_reason(tier: str, prefix: Prefix, case: Case) -> Reason:
@@ -180,9 +199,9 @@ def _cache_commands(case: Case, tier: str, prefix: Prefix, cache: str, problems:
     teacher = ("--teacher", hub_name(case.teacher))
     match case.have:
         case Have.NOTHING:
-            tokens = case.completion_tokens if prefix is Prefix.TEACHER else min(case.completion_tokens, SHORT_WINDOW)
+            text = cache_text(case) if prefix is Prefix.TEACHER else _prompts_text(case)
             build = ("logitcache", "build", *teacher, "--problems", problems, "--out", cache, "--targets", tier)
-            return [(*build, "--limit", str(case.problems), "--max-new-tokens", str(tokens))]
+            return [(*build, "--limit", str(case.problems), "--max-new-tokens", str(max(text.completion_tokens)))]
         case Have.TEXT:
             return [("logitcache", "score", cache, *teacher, "--targets", tier)]
         case Have.CACHE:
@@ -205,10 +224,8 @@ def _distill(
 
 def advice_facts(advice: Advice, case: Case) -> dict[str, Any]:
     """As JSON values."""
-    text, kept = cache_text(case), storage(models(case).teacher, advice.tier)
-    if advice.prefix is Prefix.STUDENT and case.have is Have.NOTHING:
-        text = text.within(SHORT_WINDOW)
-    cost = advice.cost
+    text = cache_text(case) if advice.prefix is Prefix.TEACHER else _prompts_text(case)
+    kept, cost = storage(models(case).teacher, advice.tier), advice.cost
     return {
         **asdict(advice),
         "commands": [shlex.join(command) for command in advice.commands],

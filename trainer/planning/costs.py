@@ -72,6 +72,7 @@ def step_cost(
     kind: str = "hidden",
     gradient_checkpointing: bool = False,
     lora: Lora | None = None,
+    cross_entropy_share: float = 0.0,
 ) -> dict[Phase, int]:
     """One training step over this text, by phase, as its ledger will have it.
 
@@ -82,6 +83,7 @@ def step_cost(
         kind: of the cache's targets; from hidden states the teacher's logits are made anew. Live ones always are.
         gradient_checkpointing: the student's layers run twice.
         lora: adapters that are trained in place of the weights.
+        cross_entropy_share: of the loss, for the text itself.
 
     Raises:
         ValueError: mixed prefixes, whose step is the sum of one from the cache and one live, each over its own text.
@@ -90,7 +92,7 @@ def step_cost(
         raise ValueError("mixed prefixes: cost each part's text on its own")
     ledger = FlopLedger()
     if prefix is Prefix.STUDENT:
-        add_rollout(ledger, pair.student, text.prompt_tokens, text.completion_tokens, step=0)
+        add_rollout(ledger, pair.student, text.prompt_tokens, text.completion_tokens, step=0, lora=lora)
         add_scoring(ledger, pair.teacher, text.sequence_lengths, step=0)
     projected = prefix is Prefix.STUDENT or kind == "hidden"
     teacher_logits = pair.teacher_logits(text.target_rows) if projected else 0
@@ -102,6 +104,7 @@ def step_cost(
         step=0,
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
+        cross_entropy_share=cross_entropy_share,
     )
     return ledger.by_phase()
 
@@ -112,8 +115,8 @@ def build_cost(teacher: ModelShape, text: Text, *, kind: str, have: Have = Have.
     if have is Have.NOTHING:
         generate = sum(flops.generate(teacher, text.prompt_tokens, text.completion_tokens))
     if have is not Have.CACHE:
-        lengths = [length + 1 for length in text.sequence_lengths]
-        score = flops.forward(teacher, lengths, head_rows=0 if kind == "hidden" else text.target_rows)
+        head_rows = 0 if kind == "hidden" else text.target_rows
+        score = flops.forward(teacher, text.sequence_lengths, head_rows=head_rows)
     return {"generate": generate, "score": score}
 
 

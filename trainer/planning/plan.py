@@ -129,7 +129,7 @@ def make_plan(case: Case, tiers: Sequence[str], budgets: Sequence[int] = ()) -> 
         cells += [cell_cost(case, Prefix.MIXED, tier) for tier in exact]
     cells.append(cell_cost(case, Prefix.STUDENT, None))
     columns = [
-        Column(prefix=cell.prefix, tier=cell.tier, step_flops=cell.step_flops, share=cell.share(case.students))
+        Column(prefix=str(cell.prefix), tier=cell.tier, step_flops=cell.step_flops, share=cell.share(case.students))
         for cell in cells
     ]
     if budgets:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from logitcache.errors import UserError, require
 from trainer.planning.costs import Instead
 from trainer.planning.storage import PEAKED, PLAIN
-from trainer.report import COLOURS, flop_text, new_figure, text_table
+from trainer.report import COLOURS, flop_text, new_figure, require_plotting, text_table
 from trainer.settings import Prefix
 
 BREAK_EVEN_HEADER = ["tier", "there already", "instead of", "students x epochs", "tokens", "epochs each", "students"]
@@ -22,7 +23,9 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         sections.append(f"steps: what {flop_text(plan['case']['budget'])} pay for; after the share of the build in ()")
     if plan["budgets"]:
         sections.append(text_table(*_budgets(plan["budgets"])))
-    sections += [text_table(*_storage(plan["storage"])), text_table(BREAK_EVEN_HEADER, break_even_rows(plan))]
+    sources = [f"{tier['tier']}: {tier['basis']}" for tier in plan["storage"]]
+    sections += [text_table(*_storage(plan["storage"])), "\n".join(sources), text_table(*_break_even(plan))]
+    sections.append(f"students: with {plan['break_even'][0]['epochs_per_student']:.3g} epochs each")
     return "\n\n".join(sections)
 
 
@@ -53,22 +56,33 @@ def break_even_rows(plan: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def _break_even(plan: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """What fits a screen: without the tokens, and without the epochs, which are alike."""
+    return [*BREAK_EVEN_HEADER[:4], BREAK_EVEN_HEADER[6]], [[*row[:4], row[6]] for row in break_even_rows(plan)]
+
+
 def _cells(cells: list[dict[str, Any]], case: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    phases = [name for name in cells[0]["step"] if any(cell["step"][name] for cell in cells)]
-    timed, priced = case["flops_per_second"] is not None, case["price_per_hour"] is not None
-    header = ["prefix", "tier", *(name.replace("_", " ") for name in phases), "a step", "steps", "trajectories"]
-    header += ["build", "marginal", f"amortised/{case['students']}", *["hours"] * timed, *["money"] * priced]
-    rows = []
-    for cell in cells:
-        steps = str(cell["steps"])
-        if cell["amortised_steps"] != cell["steps"]:
-            steps += f" ({cell['amortised_steps']})"
-        row = [cell["prefix"], cell["tier"] or "live", *(flop_text(cell["step"][name]) for name in phases)]
-        row += [flop_text(cell["step_flops"]), steps, str(cell["trajectories"])]
-        row += [flop_text(flops) for flops in (sum(cell["build"].values()), cell["marginal"], cell["amortised"])]
-        row += [f"{cell['amortised_s'] / 3600:.3g}"] if timed else []
-        rows.append([*row, f"{cell['amortised_money']:.2f}"] if priced else row)
-    return header, rows
+    """A column for each cell: with a row for each the table would be wider than a screen."""
+    rows = {"tier": [cell["tier"] or "live" for cell in cells]}
+    for name in cells[0]["step"]:
+        if any(cell["step"][name] for cell in cells):
+            rows[name.replace("_", " ")] = [flop_text(cell["step"][name]) for cell in cells]
+    rows["a step"] = [flop_text(cell["step_flops"]) for cell in cells]
+    rows["steps"] = [_steps(cell) for cell in cells]
+    rows["trajectories"] = [str(cell["trajectories"]) for cell in cells]
+    rows["build"] = [flop_text(sum(cell["build"].values())) for cell in cells]
+    rows["marginal"] = [flop_text(cell["marginal"]) for cell in cells]
+    rows[f"amortised/{case['students']}"] = [flop_text(cell["amortised"]) for cell in cells]
+    if case["flops_per_second"] is not None:
+        rows["hours"] = [f"{cell['amortised_s'] / 3600:.3g}" for cell in cells]
+    if case["price_per_hour"] is not None:
+        rows["money"] = [f"{cell['amortised_money']:.2f}" for cell in cells]
+    return ["prefix", *(cell["prefix"] for cell in cells)], [[name, *row] for name, row in rows.items()]
+
+
+def _steps(cell: Mapping[str, Any]) -> str:
+    steps, amortised = cell["steps"], cell["amortised_steps"]
+    return str(steps) if amortised == steps else f"{steps} ({amortised})"
 
 
 def _budgets(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -84,13 +98,12 @@ def _budgets(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def _storage(tiers: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    header = ["tier", "bytes a token", "if the teacher is sure", "whole tier", "if sure", "from"]
+    header = ["tier", "bytes a token", "if the teacher is sure", "whole tier", "if sure"]
     return header, [
         [
             tier["tier"],
             *(_measured(tier["bytes_per_token"][name], "{:.3g}") for name in (PLAIN, PEAKED)),
             *(_measured(tier["bytes"][name], "{:.3g} GB", 1e9) for name in (PLAIN, PEAKED)),
-            tier["basis"],
         ]
         for tier in tiers
     ]
@@ -100,8 +113,19 @@ def _measured(value: float | None, form: str, unit: float = 1.0) -> str:
     return "not measured" if value is None else form.format(value / unit)
 
 
+def require_plot(path: Path) -> None:
+    """Raise UserError, before any work, unless a PNG could be drawn there."""
+    require_plotting()
+    require(path.suffix == ".png", "--plot, a file that ends in .png", path.name)
+    require(path.parent.is_dir(), "--plot, in a directory that is there", str(path.parent), "make it")
+
+
 def draw_break_even(plan: Mapping[str, Any], path: Path) -> None:
-    """Each student's FLOPs against how many share the cache, for every tier, beside student prefixes, as a PNG."""
+    """Each student's FLOPs against how many share the cache, for every tier, beside student prefixes, as a PNG.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     cached, live = [cell for cell in plan["cells"] if cell["prefix"] == Prefix.TEACHER], plan["cells"][-1]
     points = [p for p in plan["break_even"] if p["have"] == "nothing" and p["instead"] == Instead.STUDENT_PREFIX]
     most = max(30, 4 * max(point["students"] for point in points))
@@ -115,7 +139,10 @@ def draw_break_even(plan: Mapping[str, Any], path: Path) -> None:
     axes.axhline(live["marginal"], color=COLOURS[3], label="on student prefixes")
     axes.set(xscale="log", yscale="log", xlabel="students that share the cache", ylabel="FLOPs a student, amortised")
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UserError(f"--plot {path}", f"it cannot be written ({error.strerror})", "choose another place") from error
 
 
 def advice_text(facts: Mapping[str, Any]) -> str:
@@ -133,7 +160,7 @@ def advice_text(facts: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"{steps}: {most}{marginal} marginal, {most}{amortised} amortised over {facts['students']}",
-        f"to build first: {flop_text(sum(facts['build'].values()))}; the tier: {total} ({size['basis']})",
+        f"to build first: {flop_text(sum(cost['build'].values()))}; the tier: {total} ({size['basis']})",
         "",
         *facts["commands"],
     ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from logitcache.errors import UserError, require
@@ -20,7 +20,8 @@ class Study:
 
     Attributes:
         budgets: FLOPs of training one student, ascending whole numbers.
-        mixes: forward weights, each on teacher and on student prefixes.
+        student_shares: of each step's sequences, that the student writes; the teacher's are in the cache.
+        mixes: forward weights, each with every share.
         seeds: of order and sampling, a run of every cell for each.
         parts: each budget is measured at so many equal parts of it.
         students: that share the cache.
@@ -28,6 +29,7 @@ class Study:
     """
 
     budgets: tuple[int, ...]
+    student_shares: tuple[float, ...] = (0.0, 1.0)
     mixes: tuple[float, ...] = (1.0, 0.0)
     seeds: tuple[int, ...] = (0, 1, 2)
     parts: int = 4
@@ -35,24 +37,31 @@ class Study:
     price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("budgets", "mixes", "seeds"):
+        for name in ("budgets", "student_shares", "mixes", "seeds"):
             values = getattr(self, name)
-            require(0 < len(values) == len(set(values)), f"--{name}, at least one and none twice", values)
+            option = f"--{name.replace('_', '-')}"
+            require(0 < len(values) == len(set(values)), f"{option}, at least one and none twice", values)
+        for share in self.student_shares:
+            require(0 <= share <= 1, "--student-shares, of 0 to 1", share)
         require(self.budgets[0] >= 1, "--budgets, at least 1 FLOP", self.budgets[0])
         require(min(self.seeds) >= 0, "--seeds, 0 or more", self.seeds)
         require(self.parts >= 1, "--parts, at least 1", self.parts)
         require(self.students >= 1, "--students, at least 1", self.students)
-        priced = self.price_per_hour is None or (math.isfinite(self.price_per_hour) and self.price_per_hour > 0)
-        require(priced, "--price-per-hour, above 0", self.price_per_hour)
+        require_rate("--price-per-hour", self.price_per_hour)
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What its figures follow from; a price only says what they cost."""
+        return {name: value for name, value in asdict(self).items() if name != "price_per_hour"}
 
     @property
     def runs(self) -> int:
         """A run up to the largest budget serves the smaller ones."""
-        return 2 * len(self.mixes) * len(self.seeds)
+        return len(self.student_shares) * len(self.mixes) * len(self.seeds)
 
-    def share(self, prefix: Prefix, build_flops: int) -> int:
-        """FLOPs of the build that one student owes, rounded up; a student that writes for itself owes none."""
-        return -(-build_flops // self.students) if prefix is Prefix.TEACHER else 0
+    def share(self, student_share: float, build_flops: int) -> int:
+        """FLOPs of the build that one student owes, rounded up; a student that writes all its text owes none."""
+        return -(-build_flops // self.students) if student_share < 1 else 0
 
     def points(self, share: int) -> tuple[int, ...]:
         """Marginal FLOPs at which a run is measured: the parts of every budget, and what `share` leaves of it."""
@@ -60,24 +69,43 @@ class Study:
         return tuple(sorted(parts | {budget - share for budget in self.budgets if budget > share}))
 
 
+def prefix_of(student_share: float) -> Prefix:
+    """Who writes."""
+    return {0.0: Prefix.TEACHER, 1.0: Prefix.STUDENT}.get(student_share, Prefix.MIXED)
+
+
+def prefix_name(student_share: float) -> str:
+    """What a cell's prefixes are called in reports; a mix says how much of it is the student's."""
+    prefix = prefix_of(student_share)
+    return f"{prefix}-{student_share:g}" if prefix is Prefix.MIXED else str(prefix)
+
+
+def require_rate(option: str, value: float | None) -> None:
+    """Raise UserError unless it is above 0 and finite, if it is given."""
+    require(value is None or (math.isfinite(value) and value > 0), f"{option}, above 0", value)
+
+
 def whole_flops(budgets: Sequence[float]) -> tuple[int, ...]:
-    """Budgets as a user writes them (2e13) in ascending order; UserError for one that is none."""
+    """Budgets as a user writes them (2e13) in ascending order; UserError for one that is none, or there twice."""
     for budget in budgets:
         require(math.isfinite(budget) and budget >= 1, "--budgets, at least 1 FLOP", budget)
-    return tuple(sorted(int(budget) for budget in budgets))
+    whole = tuple(sorted({int(budget) for budget in budgets}))
+    require(len(whole) == len(budgets), "--budgets, none twice", budgets)
+    return whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A prefix, and what a planned step of it costs.
+    """Who writes, and what a planned step of it costs.
 
     Attributes:
+        prefix: see `prefix_name`.
         tier: of the cache; None for student prefixes.
         step_flops: of one step.
         share: of the build, that one student owes.
     """
 
-    prefix: Prefix
+    prefix: str
     tier: str | None
     step_flops: int
     share: int
@@ -100,7 +128,7 @@ def steps_within(
             steps = budget // column.step_flops
             after = max(0, budget - column.share) // column.step_flops
             seconds = None if flops_per_second is None else steps * column.step_flops / flops_per_second
-            row = {"prefix": str(column.prefix), "tier": column.tier, "budget": budget, "steps": steps}
+            row = {"prefix": column.prefix, "tier": column.tier, "budget": budget, "steps": steps}
             rows.append({**row, "amortised_steps": after, "epochs": steps / epoch_steps, "run_s": seconds})
     return rows
 

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.console import Progress, note
+from logitcache.prompts import render_prompts
+from logitcache.scorers.fits import check_context
+from logitcache.scorers.hf import load_tokenizer
 from trainer.answers import AnswerChecker
 from trainer.benchmarks import benchmark_digest, load_benchmark
 from trainer.budget import BudgetedPrefixes
@@ -27,8 +30,8 @@ from trainer.distributed import require_alone
 from trainer.evaluate import evaluate
 from trainer.flops import FlopLedger
 from trainer.loop import distill
-from trainer.planning.study import Study
-from trainer.prefixes import PrefixSource
+from trainer.planning.study import Study, prefix_name, prefix_of
+from trainer.prefixes import MixedPrefixes, PrefixSource
 from trainer.recipes.data import (
     CacheData,
     LiveTeacher,
@@ -40,13 +43,13 @@ from trainer.recipes.data import (
     open_student,
     student_writer,
 )
-from trainer.recipes.equal_flops_setup import Setup
+from trainer.recipes.equal_flops_setup import Setup, parts
 from trainer.recipes.grid import divergence_name
 from trainer.recipes.quiz import Quiz
 from trainer.report import require_plotting
 from trainer.runs import PROVENANCE, MetricsLog, open_run, write_json
 from trainer.settings import Prefix, Training
-from trainer.student import Student
+from trainer.student import Student, student_config
 
 RESULT, CHECKPOINTS = "result.json", "checkpoints"
 UNBOUNDED = 10**9
@@ -71,7 +74,7 @@ def run_equal_flops(setup: Setup, study: Study, out: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         quiz, asked = _quiz(setup, stack)
         config = configuration("equal-flops", data, setup.student_dir, setup.training, setup.sampling)
-        config |= {"study": asdict(study), "questions": asked}
+        config |= {"study": study.deciding, "questions": asked, "cross_entropy_share": setup.cross_entropy_share}
         open_run(out, config)
         bench = _Bench(setup=setup, study=study, data=data, quiz=quiz, out=out)
         start = bench.measure_start()
@@ -84,6 +87,7 @@ def run_equal_flops(setup: Setup, study: Study, out: Path) -> dict[str, Any]:
             "flops": dict(data.reader.manifest.flops),
             "teacher": data.teacher_name,
         },
+        "price_per_hour": study.price_per_hour,
         "start": start,
         "runs": runs,
         **summary(runs, start, study, data.build_flops),
@@ -98,6 +102,9 @@ def _quiz(setup: Setup, stack: ExitStack) -> tuple[Quiz | None, dict[str, Any] |
         return None, None
     asked = setup.questions
     problems = load_benchmark(asked.source, limit=asked.limit)
+    context = student_config(setup.student_dir).get("max_position_embeddings")
+    for prompt in render_prompts(load_tokenizer(setup.student_dir), problems, asked.style):
+        check_context(prompt.problem_id, len(prompt.token_ids) + asked.max_new_tokens, context)
     checker = stack.enter_context(AnswerChecker())
     checker.require_checkable(problems)
     drawn = {"max_new_tokens": asked.max_new_tokens, "samples_per_problem": asked.samples, "seed": 0}
@@ -128,22 +135,22 @@ class _Bench:
 
     def run_all(self) -> Iterator[dict[str, Any]]:
         """Every run's result, those from the cache first."""
-        cells = itertools.product((Prefix.TEACHER, Prefix.STUDENT), self.study.mixes, self.study.seeds)
+        cells = itertools.product(sorted(self.study.student_shares), self.study.mixes, self.study.seeds)
         live, size, total = None, self.study.budgets[-1] // MEGA, self.study.budgets[-1] // MEGA * self.study.runs
         with Progress("equal FLOPs", total, "MFLOP") as progress:
-            for number, (prefix, weight, seed) in enumerate(cells):
+            for number, (share, weight, seed) in enumerate(cells):
 
                 def on_step(line: dict[str, Any], done: int = number * size) -> None:
                     progress.show(step=str(line["step"]), loss=f"{line['loss_nats']:.3f}")
                     progress.reach(done + line["flops"] // MEGA, total)
 
-                directory = self.out / "runs" / f"{prefix}-{divergence_name(weight)}-{seed}"
+                directory = self.out / "runs" / f"{prefix_name(share)}-{divergence_name(weight)}-{seed}"
                 if not (directory / RESULT).exists():
-                    if prefix is Prefix.STUDENT and live is None:
+                    if share > 0 and live is None:
                         note("loading the teacher, to score what students write")
                         live = load_live_teacher(self.setup.teacher, self.data)
                     note(f"run {number + 1} of {self.study.runs}: {directory.name}")
-                    self._run(directory, live if prefix is Prefix.STUDENT else None, weight, seed, on_step)
+                    self._run(directory, live, share, weight, seed, on_step)
                 shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
                 progress.reach((number + 1) * size, total)
                 yield json.loads((directory / RESULT).read_text())
@@ -152,6 +159,7 @@ class _Bench:
         self,
         directory: Path,
         live: LiveTeacher | None,
+        share: float,
         weight: float,
         seed: int,
         on_step: Callable[[dict[str, Any]], None],
@@ -161,11 +169,12 @@ class _Bench:
         remove_leftovers(directory)
         training = replace(self.setup.training, seed=seed, steps=UNBOUNDED)
         student = self._student()
-        prefix = Prefix.TEACHER if live is None else Prefix.STUDENT
+        objective = self.setup.objective(prefix_of(share), weight)
         source = BudgetedPrefixes(
-            source=self._source(student, training, live),
+            source=self._source(student, training, live, share),
             student=student,
-            points=self.study.points(self.study.share(prefix, self.data.build_flops)),
+            objective=objective,
+            points=self.study.points(self.study.share(share, self.data.build_flops)),
             measure=self._measuring(student),
         )
         ledger, checkpoints = FlopLedger(), directory / CHECKPOINTS
@@ -173,7 +182,7 @@ class _Bench:
             trained = distill(
                 student=student,
                 source=source,
-                objective=self.setup.objective(weight),
+                objective=objective,
                 optimisation=training.optimisation,
                 ledger=ledger,
                 metrics=metrics,
@@ -183,7 +192,8 @@ class _Bench:
             )
         write_json(directory / "ledger.json", {"rows": ledger.to_json()})
         result = {
-            "prefix": str(prefix),
+            "prefix": prefix_name(share),
+            "student_share": share,
             "divergence": divergence_name(weight),
             "forward_weight": weight,
             "seed": seed,
@@ -216,8 +226,17 @@ class _Bench:
     def _student(self) -> Student:
         return open_student(self.data, self.setup.student_dir, self.setup.training)
 
-    def _source(self, student: Student, training: Training, live: LiveTeacher | None) -> PrefixSource:
-        if live is None:
-            return cached_source(self.data, student, training)
-        generator = student_writer(self.data, student, live).generator
-        return on_policy_source(self.data, student, training, live, self.setup.sampling, generator=generator)
+    def _source(self, student: Student, training: Training, live: LiveTeacher | None, share: float) -> PrefixSource:
+        sources: dict[Prefix, PrefixSource] = {}
+        for prefix, plan in parts(training.plan, share).items():
+            if prefix is Prefix.TEACHER:
+                sources[prefix] = cached_source(self.data, student, training, plan)
+            else:
+                assert live is not None
+                generator = student_writer(self.data, student, live).generator
+                sources[prefix] = on_policy_source(
+                    self.data, student, training, live, self.setup.sampling, generator=generator, plan=plan
+                )
+        if len(sources) == 1:
+            return next(iter(sources.values()))
+        return MixedPrefixes(teacher=sources[Prefix.TEACHER], student=sources[Prefix.STUDENT])

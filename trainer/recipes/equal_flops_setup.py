@@ -13,15 +13,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from logitcache.errors import UserError, require
+from logitcache.flops import ModelShape
 from logitcache.prompts import PromptStyle
 from logitcache.scoring import Sampling
+from logitcache.store.opening import SERVED
 from trainer.objectives import Objective, require_served
 from trainer.planning.costs import Pair, Text, step_cost
 from trainer.planning.models import model_shape
-from trainer.planning.study import Column, Study, require_a_step, steps_within
-from trainer.recipes.data import EXACT, CacheData, kind_of, open_data, require_teacher, require_window
+from trainer.planning.study import Column, Study, prefix_name, prefix_of, require_a_step, require_rate, steps_within
+from trainer.prefixes import shares
+from trainer.recipes.data import (
+    EXACT,
+    CacheData,
+    kind_of,
+    load_live_teacher,
+    open_data,
+    require_teacher,
+    require_window,
+)
 from trainer.schedules import Decay
-from trainer.settings import Prefix, Training
+from trainer.settings import BatchPlan, Prefix, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +67,7 @@ class Setup:
         targets: the tier to train from on teacher prefixes; None for the one that says most.
         questions: to answer at every point; None measures on held-out text alone.
         checkpoint_every: steps between checkpoints of a run.
+        cross_entropy_share: of the loss, see `Objective`; on teacher prefixes alone.
     """
 
     cache_url: str
@@ -66,6 +78,7 @@ class Setup:
     targets: str | None = None
     questions: Questions | None = None
     checkpoint_every: int = 100
+    cross_entropy_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.training.schedule is not Decay.CONSTANT:
@@ -73,11 +86,20 @@ class Setup:
             raise UserError(f"--schedule {self.training.schedule}", found, "leave it constant")
         require(self.training.seed == Training.seed, "no --seed", self.training.seed, "give --seeds")
         require(self.training.steps == Training.steps, "no --steps", self.training.steps, "the --budgets decide")
+        require(self.checkpoint_every >= 1, "--checkpoint-every, at least 1", self.checkpoint_every)
 
-    def objective(self, weight: float) -> Objective:
-        """The mix with this forward weight."""
-        training = self.training
-        return Objective(forward_weight=weight, temperature=training.kl_temperature, backend=training.backend)
+    def objective(self, prefix: Prefix, weight: float) -> Objective:
+        """The mix with this forward weight, and on teacher prefixes the cross-entropy of their text."""
+        return Objective(
+            forward_weight=weight,
+            temperature=self.training.kl_temperature,
+            backend=self.training.backend,
+            cross_entropy_share=self.share_of_text(prefix),
+        )
+
+    def share_of_text(self, prefix: Prefix) -> float:
+        """Of the loss, that is the cross-entropy of the text: none where the student writes it."""
+        return self.cross_entropy_share if prefix is Prefix.TEACHER else 0.0
 
     def open(self, study: Study) -> CacheData:
         """Open the cache for a study.
@@ -90,8 +112,15 @@ class Setup:
         if kind_of(data.measured) not in EXACT:
             found = "it has no exact targets to measure on"
             raise UserError(f"equal FLOPs from {self.cache_url}", found, "add `logitcache score --targets hidden`")
+        if self.cross_entropy_share and 0 not in study.student_shares:
+            found = "no cell on teacher prefixes, whose text it is of"
+            raise UserError(f"--cross-entropy-share {self.cross_entropy_share:g}", found, "leave it out")
+        for share in study.student_shares:
+            if prefix_of(share) is Prefix.MIXED and data.kind not in EXACT:
+                found = f"{data.kind} targets, which no metric may mix with the teacher's exact ones"
+                raise UserError(f"--student-shares {share:g}", found, "train from hidden states or full vocabularies")
         for weight in study.mixes:
-            require_served(self.objective(weight), data.kind)
+            require_served(self.objective(Prefix.TEACHER, weight), data.kind)
         require_teacher(self.teacher, data)
         require_window(f"--window {self.training.window}", self.training.window, data)
         longest_prompt = pc.max(_trained_lengths(data)["prompt_tokens"]).as_py()
@@ -110,6 +139,7 @@ def plan_equal_flops(setup: Setup, study: Study, *, flops_per_second: float | No
     Raises:
         UserError: see the functions called.
     """
+    require_rate("--flops-per-second", flops_per_second)
     data = setup.open(study)
     lengths = _trained_lengths(data)
     within = pc.min_element_wise(lengths["completion_tokens"], setup.training.window)
@@ -121,7 +151,7 @@ def plan_equal_flops(setup: Setup, study: Study, *, flops_per_second: float | No
     return {
         "budgets": steps_within(mean, study.budgets, epoch_steps=epoch_steps, flops_per_second=flops_per_second),
         "runs": study.runs,
-        "measured_at": {str(column.prefix): study.points(column.share) for column in mean},
+        "measured_at": {column.prefix: study.points(column.share) for column in mean},
         "flops": total,
         "hours": hours,
         "money": None if hours is None or study.price_per_hour is None else hours * study.price_per_hour,
@@ -129,23 +159,45 @@ def plan_equal_flops(setup: Setup, study: Study, *, flops_per_second: float | No
 
 
 def _columns(setup: Setup, study: Study, data: CacheData, prompt_tokens: int, completion_tokens: int) -> list[Column]:
-    """What a step of sequences of this length costs, from the cache and on student prefixes."""
-    student, teacher = model_shape(str(setup.student_dir)), model_shape(setup.teacher)
-    pair, training = Pair(student=student, teacher=teacher, vocab=data.vocab_size), setup.training
-    text = Text.alike(sequences=training.sequences, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+    """What a step of sequences of this length costs with each share of the student's own."""
+    student, training = model_shape(str(setup.student_dir)), setup.training
+    pair = Pair(student=student, teacher=_teacher_shape(setup.teacher, data), vocab=data.vocab_size)
     found = []
-    for prefix, tier in ((Prefix.TEACHER, data.reader.tier), (Prefix.STUDENT, None)):
-        cost = step_cost(
-            pair,
-            text,
-            prefix=prefix,
-            kind=data.kind,
-            gradient_checkpointing=training.gradient_checkpointing,
-            lora=training.lora,
+    for student_share in study.student_shares:
+        prefix, step_flops = prefix_of(student_share), 0
+        for written_by, plan in parts(training.plan, student_share).items():
+            cost = step_cost(
+                pair,
+                Text.alike(sequences=plan.sequences, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens),
+                prefix=written_by,
+                kind=data.kind,
+                gradient_checkpointing=training.gradient_checkpointing,
+                lora=training.lora,
+                cross_entropy_share=setup.share_of_text(prefix),
+            )
+            step_flops += sum(cost.values())
+        found.append(
+            Column(
+                prefix=prefix_name(student_share),
+                tier=None if prefix is Prefix.STUDENT else data.reader.tier,
+                step_flops=step_flops,
+                share=study.share(student_share, data.build_flops),
+            )
         )
-        share = study.share(prefix, data.build_flops)
-        found.append(Column(prefix=prefix, tier=tier, step_flops=sum(cost.values()), share=share))
     return found
+
+
+def parts(plan: BatchPlan, student_share: float) -> dict[Prefix, BatchPlan]:
+    """Who writes how much of a step; UserError for a share that is no whole number of sequences."""
+    prefix = prefix_of(student_share)
+    if prefix is not Prefix.MIXED:
+        return {prefix: plan}
+    return dict(zip((Prefix.TEACHER, Prefix.STUDENT), shares(plan, student_share), strict=True))
+
+
+def _teacher_shape(teacher: str, data: CacheData) -> ModelShape:
+    """Of a model by its configuration; of a served one, which loads nothing here, as its server says."""
+    return load_live_teacher(teacher, data).shape if teacher.startswith(SERVED) else model_shape(teacher)
 
 
 def _trained_lengths(data: CacheData) -> pa.Table:

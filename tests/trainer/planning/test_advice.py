@@ -12,6 +12,9 @@ from logitcache.errors import UserError
 from trainer.cli import app as trainer_app
 from trainer.planning.advice import COUNT, PAPER, Advice, advice_facts, advise
 from trainer.planning.case import Aim, Case, Have
+from trainer.planning.costs import build_cost
+from trainer.planning.evidence import STUDY_RESULTS, at_equal_flops
+from trainer.planning.plan import cache_text, models
 from trainer.planning.report import advice_text
 from trainer.settings import Prefix
 
@@ -34,6 +37,40 @@ def test_a_budget_that_does_not_pay_for_a_step_is_an_error() -> None:
     with pytest.raises(UserError, match="the share of the build"):
         advised(Aim.COMPUTE, Case(budget=1e15))
     assert advised(Aim.COMPUTE, Case(budget=1e15, have=Have.CACHE)).cost.amortised_steps == 1
+
+
+def test_under_a_budget_what_must_be_built_first_counts_for_both_prefixes() -> None:
+    advice = advised(Aim.RL, Case(completion_tokens=128, budget=1.8e17))
+    assert advice.prefix is Prefix.TEACHER
+    assert "1839 steps from the cache, 5" in advice.reasons[2].why
+    for aim in (Aim.RL, Aim.ANSWER):
+        for completion_tokens in (128, 1024):
+            case = Case(completion_tokens=completion_tokens, budget=1e18, students=2)
+            cost = advised(aim, case).cost
+            assert cost.amortised_steps * cost.step_flops + sum(cost.build.values()) / 2 <= case.budget
+
+
+def test_what_must_be_built_is_what_the_command_builds() -> None:
+    """With the text there, all of it is scored; without, a student that writes needs short completions alone."""
+    pair, steps = models(Case()), {"steps": 10}
+    scored, built = (advised(Aim.ANSWER, Case(have=have, **steps)) for have in (Have.TEXT, Have.NOTHING))
+    assert scored.prefix is built.prefix is Prefix.STUDENT
+    whole = cache_text(Case())
+    assert scored.cost.build == build_cost(pair.teacher, whole, kind="hidden", have=Have.TEXT)
+    assert built.cost.build == build_cost(pair.teacher, whole.within(128), kind="hidden")
+    assert scored.commands[0][:2] == ("logitcache", "score")
+    assert built.commands[0][-2:] == ("--max-new-tokens", "128")
+
+
+@pytest.mark.parametrize(("prefix", "way"), [(Prefix.TEACHER, "the same way"), (Prefix.STUDENT, "the other way")])
+def test_the_study_at_equal_flops_is_quoted_as_it_is_kept(prefix: Prefix, way: str) -> None:
+    curves = json.loads((ROOT / STUDY_RESULTS).read_text())["curves"]
+    (curve,) = (one for one in curves if (one["prefix"], one["divergence"]) == ("student", "reverse"))
+    (score,) = (point["avg_at_4"] for point in curve["points"] if point["flops"] == 15 * 10**11)
+    told = at_equal_flops(prefix, "reverse")
+    assert f"{score['mean']:.3f} ± {score['high'] - score['mean']:.3f} on student prefixes" in told
+    assert "Avg@4" in told
+    assert told.endswith(way)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,9 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
         (["plan", "--tiers", "hidden", "nothing"], "'nothing'"),
         (["advise", "answer", "--budget", "1e15"], "--budget 1e+15"),
         (["plan", "--budgets", "1e18", "inf"], "--budgets, at least 1 FLOP"),
+        (["plan", "--budgets", "1e18", "1e18"], "--budgets, none twice"),
+        (["plan", "--plot", "/nonexistent/x.png"], "--plot, in a directory that is there"),
+        (["plan", "--plot", "x.xyz"], "--plot, a file that ends in .png"),
         (["advise", "long", "--window", "64"], "over 128 tokens"),
         (["advise", "answer", "--student-share", "0.5"], "leave it out"),
     ],
@@ -50,6 +53,13 @@ def test_a_plan_in_json_and_its_plot(tmp_path: Path, capsys: pytest.CaptureFixtu
     code, out, _ = run(capsys, *words[:-2])
     assert code == 0
     assert "student prefixes" in out
+
+
+def test_a_plot_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plot.png").mkdir()
+    code, out, err = run(capsys, "plan", "--plot", str(tmp_path / "plot.png"))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "it cannot be written" in err
 
 
 def test_advice_in_words_and_in_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,6 +199,14 @@ def test_what_is_there_need_not_be_built() -> None:
     assert build_cost(shape, text, kind="hidden")["score"] < whole["score"]
 
 
+@pytest.mark.parametrize("kind", ["topk", "hidden"])
+def test_keeping_what_would_be_scored_again_pays_after_one_pass(kind: str) -> None:
+    pair = Pair(student=model_shape("Qwen3-0.6B"), teacher=model_shape("Qwen3-4B"))
+    text = Text.alike(sequences=32_000, prompt_tokens=94, completion_tokens=128)
+    point = break_even(pair, text, window=128, kind=kind, have=Have.TEXT, instead=Instead.RESCORING)
+    assert (point.passes, point.students(1.0)) == (1.0, 1)
+
+
 def test_a_break_even_point_by_hand() -> None:
     point = BreakEven(build_flops=100, saved_flops=40, tokens=10)
     assert point.passes == 2.5

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from logitcache.errors import UserError
 from trainer.planning.case import Case, Have
+from trainer.planning.evidence import STUDY
 from trainer.planning.models import QWEN3, hub_name, model_shape
 from trainer.planning.plan import cell_cost, make_plan
 from trainer.planning.report import draw_break_even, plan_text
@@ -24,6 +25,9 @@ from trainer.planning.storage import MEASUREMENTS, PEAKED, PLAIN, storage
 from trainer.planning.storage import TIERS as TIERS_FILE
 from trainer.settings import Prefix
 
+MOE = QWEN3["Qwen3-4B"] | {
+    "model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 768,
+}  # fmt: skip
 TIERS = ("topk:p=5e-4", "hidden:max-kl=2e-3")
 
 
@@ -34,7 +38,14 @@ TIERS = ("topk:p=5e-4", "hidden:max-kl=2e-3")
         ("[1]", "no JSON object"),
         ("{", "cannot be read"),
         (json.dumps({"model_type": "mamba"}), "has no formula"),
-        (json.dumps({"model_type": "llama", "hidden_size": 64}), "has no 'num_attention_heads'"),
+        (json.dumps({"model_type": "llama", "hidden_size": 64}), "whose num_attention_heads is None"),
+        (json.dumps({**QWEN3["Qwen3-4B"], "hidden_size": None}), "whose hidden_size is None"),
+        (json.dumps({**QWEN3["Qwen3-4B"], "num_attention_heads": 0}), "whose num_attention_heads is 0"),
+        (json.dumps({**QWEN3["Qwen3-4B"], "num_hidden_layers": 0}), "whose num_hidden_layers is 0"),
+        (json.dumps({**QWEN3["Qwen3-4B"], "vocab_size": "many"}), "whose vocab_size is 'many'"),
+        (json.dumps({**QWEN3["Qwen3-4B"], "head_dim": 2.5}), "whose head_dim is 2.5"),
+        (json.dumps({**MOE, "decoder_sparse_step": 0}), "whose decoder_sparse_step is 0"),
+        (json.dumps({**MOE, "num_experts_per_tok": -1}), "whose num_experts_per_tok is -1"),
     ],
 )
 def test_a_model_that_is_not_known_is_an_error(config: str | None, found: str, tmp_path: Path) -> None:
@@ -154,11 +165,12 @@ def test_the_figures_come_with_the_package(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     for package in ("trainer", "logitcache", "kernels"):
         (tmp_path / package).symlink_to(root / package)
-    code = "from trainer.planning.storage import measured; print(measured('plain', 'hidden')['bytes_per_token'])"
+    code = "from trainer.planning.storage import measured; print(measured('plain', 'hidden')['bytes_per_token'])\n"
+    code += "from trainer.planning.evidence import at_equal_flops; at_equal_flops('teacher', 'reverse')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    assert TIERS_FILE in patterns["trainer.planning"]
+    assert {TIERS_FILE, STUDY} <= set(patterns["trainer.planning"])
 
 
 def test_mixed_prefixes_cost_a_step_of_either_kind() -> None:
