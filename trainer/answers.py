@@ -14,17 +14,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
+from logitcache.console import Progress
 from logitcache.errors import UserError
 from logitcache.problems import Problem
 
 _ANSWER_CHARACTERS = 200
+_NAMED = 20
+"""Of the problems that cannot be checked, at most."""
+_DIGITS = 12
+"""In which irrational numbers are told apart."""
 
 
 class Verdict(StrEnum):
@@ -40,7 +45,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A verdict, and the answer that was found in the text in one spelling, if any."""
+    """A verdict, and the answer that was found in the text, if any: of a number, always in the same spelling."""
 
     verdict: Verdict
     answer: str | None = None
@@ -76,12 +81,19 @@ class AnswerChecker(AbstractContextManager["AnswerChecker"]):
         verdict, answer = json.loads(reply)
         return Checked(verdict=Verdict(verdict), answer=answer)
 
-    def require_checkable(self, problems: Iterable[Problem]) -> None:
-        """Raise UserError if one of the problems has an answer that would not be recognised as itself."""
-        for problem in problems:
-            if self.check(problem.answer, f"\\boxed{{{problem.answer}}}").verdict is not Verdict.CORRECT:
-                found = f"`{problem.answer[:40]}`, which math-verify cannot compare"
-                raise UserError(f"the answer of problem {problem.id}", found, "mend it or leave that problem out")
+    def require_checkable(self, problems: Sequence[Problem]) -> None:
+        """Raise UserError, naming them, if problems have an answer that would not be recognised as itself."""
+        unlike = []
+        with Progress("check answers", len(problems), "problems") as progress:
+            for problem in problems:
+                if self.check(problem.answer, f"\\boxed{{{problem.answer}}}").verdict is not Verdict.CORRECT:
+                    unlike.append(problem)
+                progress.add()
+        if unlike:
+            named = ", ".join(f"{problem.id} (`{problem.answer[:40]}`)" for problem in unlike[:_NAMED])
+            more = f" and {len(unlike) - _NAMED} more" if len(unlike) > _NAMED else ""
+            asked = f"answers to {len(problems)} problems that math-verify can compare"
+            raise UserError(asked, f"it cannot those of {named}{more}", "mend them or leave those problems out")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -151,9 +163,25 @@ def _serve(limit_s: int, memory_bytes: int) -> None:
         else:
             verdict = Verdict.WRONG if readable else Verdict.UNPARSED
         answer = None
-        with suppress(Exception):  # numbers too long to print, expressions too deep
-            answer = str(readable[0])[:_ANSWER_CHARACTERS]
+        for spelling in (str, _value):
+            with suppress(Exception):  # numbers too long to print, expressions too deep
+                answer = spelling(readable[0])[:_ANSWER_CHARACTERS]
         print(json.dumps([verdict, answer]), flush=True)
+
+
+def _value(expression: Any) -> str:
+    """Of a number its value, whichever way it was written (2/4, 0.5, x = 1/2); of all else its own form."""
+    import sympy
+
+    if isinstance(expression, sympy.Eq) and expression.lhs.is_Symbol:
+        expression = expression.rhs
+    if expression.is_number:
+        expression = expression.doit()
+        if expression.is_rational or expression.has(sympy.Float):
+            expression = sympy.nsimplify(expression, rational=True)
+        else:
+            expression = expression.evalf(_DIGITS)
+    return str(expression)
 
 
 if __name__ == "__main__":

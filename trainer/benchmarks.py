@@ -61,6 +61,8 @@ def load_benchmark(source: str, *, limit: int | None = None) -> list[Problem]:
         raise UserError(f"problems from {source}", "it holds none", "point --problems at a file with rows")
     unanswered = [problem.id for problem in problems if not problem.answer]
     if unanswered:
+        if len(unanswered) == len(problems):
+            raise UserError(f"answers to {source}", "no problem has one", "give each its own in a column `answer`")
         raise UserError(f"answers to {source}", f"missing for {_some(unanswered)}", "leave those problems out")
     repeated = [name for name, count in Counter(problem.id for problem in problems).items() if count > 1]
     if repeated:

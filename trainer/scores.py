@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from logitcache.errors import require
 
 Answers = Sequence[Sequence[str | None]]
-"""P x N final answers in one spelling each; None where a sample gave none."""
+"""P x N final answers, of numbers in one spelling each; None where a sample gave none."""
 
 RESAMPLES = 10_000
 _RESAMPLED_AT_ONCE = 500
@@ -25,7 +25,7 @@ _RESAMPLED_AT_ONCE = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """A mean over problems, and its 95% bootstrap interval over problems (percentiles)."""
+    """A mean over problems, each a share of 1, and its 95% interval, see `bootstrap`."""
 
     mean: float
     low: float
@@ -68,8 +68,9 @@ def pass_at_k_plain(correct_PN: NDArray[np.bool_], k: int) -> NDArray[np.float64
 def maj_at_k(correct_PN: NDArray[np.bool_], answers: Answers, k: int) -> NDArray[np.float64]:
     """float64[P]: whether the most frequent answer of the first k samples is right.
 
-    All right answers are one, however they are written; a sample without an answer does not vote. Where several
-    answers are equally frequent, one of them is drawn, and the value is the chance that it is the right one.
+    All right answers are one, however they are written, and wrong ones as far as `trainer.answers` spells them alike; a
+    sample without an answer does not vote. Where several answers are equally frequent, one of them is drawn, and the
+    value is the chance that it is the right one.
 
     Raises:
         UserError: k is not within 1 to N.
@@ -79,17 +80,23 @@ def maj_at_k(correct_PN: NDArray[np.bool_], answers: Answers, k: int) -> NDArray
 
 
 def bootstrap(values_P: NDArray[np.float64], rng: np.random.Generator) -> Score:
-    """The mean of one value a problem, and where it lies in 95% of the samples of P problems drawn with replacement.
+    """The mean of one value a problem, 0 to 1, and where it lies in 95% of the draws of P problems with replacement.
 
-    With one problem there is nothing to draw from, and the interval is a point.
+    Where all values are equal, every draw is too, and its percentiles would claim certainty. There the interval is
+    what P equal values exclude: with a share u of other problems, none of P is one with probability (1-u)^P, which is
+    2.5% at the largest u that is not excluded; those problems may have any value. Of 0 and 1 it is the exact binomial
+    interval (Clopper and Pearson 1934), of 100 problems nearly the rule of three.
     """
-    problems = len(values_P)
+    problems, mean = len(values_P), float(values_P.mean())
+    if (values_P == values_P[0]).all():
+        others = 1 - 0.025 ** (1 / problems)
+        return Score(mean=mean, low=mean - others * mean, high=mean + others * (1 - mean))
     means = []
     for _ in range(RESAMPLES // _RESAMPLED_AT_ONCE):  # in pieces: the draws of a large set are not held at once
         drawn = rng.integers(0, problems, (_RESAMPLED_AT_ONCE, problems))
         means.append(values_P[drawn].mean(axis=1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Score(mean=float(values_P.mean()), low=float(low), high=float(high))
+    return Score(mean=mean, low=float(low), high=float(high))
 
 
 def score_table(

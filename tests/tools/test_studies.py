@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import numpy as np
 import pytest
 
 from logitcache.errors import UserError
+from logitcache.identity import weights_fingerprint
 from tools.studies.claims import CLAIMS, Results, verdict
-from tools.studies.report import DOCS, RESULTS, markdown, read_results
+from tools.studies.grid import Clock, best_cell
+from tools.studies.report import DOCS, RESULTS, STUDIES, gate_text, markdown, read_results
 from tools.studies.study import SIZES, Rewarded, Run, Window, named, stages
+from tools.studies.teacher import MODELS
 from tools.studies.world import (
     LARGEST,
     LONGEST,
@@ -82,7 +86,6 @@ def test_the_tokenizer_survives_its_file_and_knows_nothing_else(tmp_path: Path) 
 
 def test_the_kept_models_have_the_worlds_tokenizer() -> None:
     from logitcache.scorers.hf import load_tokenizer
-    from tools.studies.teacher import MODELS
 
     for name in ("teacher", "student"):
         assert load_tokenizer(MODELS / name).get_vocab() == make_tokenizer().get_vocab()
@@ -149,6 +152,64 @@ def test_what_is_lost_at_equal_flops_is_read_off_the_curve() -> None:
     assert claim.estimate(paper_like(1)).mean == pytest.approx(2.0)
 
 
+def with_checks(*checks: list[tuple[int, float, str]]) -> Results:
+    """A study whose curricula, one for each seed, were checked so: window, entropy, decision, 20 steps apart."""
+    results = paper_like(1)
+    runs = dict(results.runs)
+    for seed, of_seed in enumerate(checks):
+        name = f"student-0-curriculum-{seed}"
+        made = [
+            {"step": 20 * number, "window": window, "own_entropy_nats": entropy, "decision": decision}
+            for number, (window, entropy, decision) in enumerate(of_seed)
+        ]
+        runs[name] = {**runs[name], "checks": made}
+    return replace(results, runs=runs)
+
+
+def test_what_the_gate_did_is_said_from_the_checks() -> None:
+    ramp = [(16, 0.22, "start"), (32, 0.15, "raise"), (64, 0.12, "raise"), (96, 0.08, "top")]
+    said = gate_text(with_checks(ramp, ramp, ramp))
+    assert said.startswith(
+        "It was never met: the lowest entropy at a check was 0.080 nats. These rows are of a ramp of 40 "
+    )
+    closed = [*ramp[:2], (32, 0.1, "freeze"), (32, 0.13, "freeze")]
+    said = gate_text(with_checks(ramp, closed, ramp))
+    assert said == "It held the window at 32 tokens from step 40 on (seed 1)."
+
+
+def test_the_best_cell_is_chosen_on_one_half_and_judged_on_the_other() -> None:
+    results = paper_like(1)
+
+    def end(even: float, odd: float) -> dict[str, Any]:
+        halves = {"avg_at_8_even": even, "avg_at_8_odd": odd}
+        return {"points": [{str(level): halves for level in Level}]}
+
+    runs = {name: end(0.5, 0.9) for name in results.runs}
+    for seed in results.size.seeds:
+        runs[f"teacher-0-long-{seed}"] = end(0.7, 0.6)
+    start = {"student": {str(level): {"avg_at_8_even": 0.3, "avg_at_8_odd": 0.2} for level in Level}}
+    goal = best_cell(results.size, start, runs)
+    assert "(teacher-0-long," in goal["what"]
+    assert (goal["measured"], goal["holds"]) == (pytest.approx(0.4), True)
+
+
+def test_time_goes_on_where_an_earlier_invocation_stopped(tmp_path: Path) -> None:
+    file = tmp_path / "elapsed.json"
+    file.write_text('{"elapsed_s": 100.0}')
+    kept = Clock(file).keep()
+    assert 100 < kept < 110
+    assert json.loads(file.read_text()) == {"elapsed_s": kept}
+    assert Clock(file).keep() > kept
+
+
+def test_the_kept_results_are_of_the_kept_models() -> None:
+    for study in STUDIES:
+        config = json.loads((RESULTS / f"{study}.json").read_text())["config"]
+        if "models" not in config:
+            pytest.skip(f"{study}.json does not say of which models it is")
+        assert config["models"] == {name: weights_fingerprint(MODELS / name) for name in ("teacher", "student")}
+
+
 def test_the_document_is_rendered_from_the_kept_results() -> None:
     kept = all((RESULTS / f"{name}.json").exists() for name in ("cells", "mixes", "curriculum", "grpo"))
     assert (DOCS / "results.md").exists() == kept
@@ -174,8 +235,10 @@ def test_a_killed_study_goes_on_and_its_best_cell_gains(tmp_path: Path) -> None:
     assert study(out).wait() == 0
     assert {file: file.stat().st_mtime_ns for file in done} == done
     kept = json.loads((out / "results" / "cells.json").read_text())
-    (goal,) = kept["goals"]
-    assert goal["measured"] > 0
+    gained, minutes = (goal["measured"] for goal in kept["goals"])
+    assert gained > 0
+    spent = sum(sum(run["seconds"].values()) for run in kept["figures"]["runs"].values())
+    assert spent / 2 < kept["figures"]["elapsed_s"] == pytest.approx(60 * minutes)
     assert "| reverse KL raises accuracy |" in (out / "results.md").read_text()
     assert (out / "results_grpo.png").stat().st_size > 10_000
 
@@ -184,4 +247,6 @@ def test_a_killed_study_goes_on_and_its_best_cell_gains(tmp_path: Path) -> None:
     shutil.copytree(out / "cache", again / "cache")
     command = ["-m", "tools.studies.run", "--out", str(again), "--name", name, "--size", "quick"]
     subprocess.run([sys.executable, *command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert json.loads((again / "runs" / f"{name}.json").read_text()) == kept["figures"]["runs"][name]
+    twice = json.loads((again / "runs" / f"{name}.json").read_text()), kept["figures"]["runs"][name]
+    assert [set(run.pop("seconds")) for run in twice] == [{"training", "measuring"}] * 2
+    assert twice[0] == twice[1]

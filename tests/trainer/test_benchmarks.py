@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from logitcache.errors import UserError
+from trainer.answers import AnswerChecker
 from trainer.benchmarks import NAMES, benchmark_digest, load_benchmark
 
 ROWS = [{"id": f"p{n}", "problem": f"{n} + {n}?", "answer": str(2 * n)} for n in range(4)]
@@ -117,3 +118,15 @@ def test_unknown_names(name: str) -> None:
 def test_a_limit_below_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--limit 0"):
         load_benchmark(write(tmp_path / "set.jsonl", ROWS), limit=0)
+
+
+@pytest.mark.parametrize(("file", "count"), [("aime24", 30), ("amc23", 40), ("math500", 500), ("gsm8k_test", 1319)])
+def test_every_answer_of_the_real_sets_can_be_checked(file: str, count: int) -> None:
+    pytest.importorskip("math_verify", reason="needs math-verify: pip install math-verify")
+    path = Path(__file__).parents[3] / "shared" / "data" / f"{file}.parquet"
+    if not path.exists():
+        pytest.skip(f"no {path.name} in ../shared/data")
+    problems = load_benchmark(str(path))
+    assert len(problems) == count
+    with AnswerChecker() as checker:
+        checker.require_checkable(problems)

@@ -233,12 +233,14 @@ def encoder(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (lambda tmp, encoder: {"generator": Served(url="http://127.0.0.1:9", model="m")}, "a server as scorer"),
         (lambda tmp, encoder: {"held_out": HeldOutText(cache_url=str(tmp / "gone"))}, "gone"),
         (
-            lambda tmp, encoder: {"problems": str(write(tmp / "a.jsonl", [{"problem": "Why?"}]))},
+            lambda tmp, encoder: {
+                "problems": str(write(tmp / "a.jsonl", [{"problem": "Why?"}, {"problem": "1?", "answer": "1"}]))
+            },
             "missing for 1 ",
         ),
         (
             lambda tmp, encoder: {"problems": str(write(tmp / "a.jsonl", [{"problem": "Why?", "answer": "}{"}]))},
-            "which math-verify cannot compare",
+            "it cannot those of ",
         ),
     ],
 )
@@ -285,3 +287,95 @@ def test_on_its_own_cache_a_teacher_agrees_with_itself(
     assert held_out["student_entropy_nats"] == pytest.approx(held_out["teacher_entropy_nats"], rel=0.01)
     assert held_out["nll_nats"] == pytest.approx(held_out["teacher_entropy_nats"], rel=0.5)  # it drew the text
     assert held_out["tier"] == "hidden"
+
+
+def flags(options: dict[str, Any], problems: Path) -> list[str | Path]:
+    """Those of `options` on a command line, after the model."""
+    words = {"samples": 2, "max-new-tokens": 8, "seed": 5, "dtype": "float32", "chunk": 4, "instruction": ""}
+    given = [text for name, value in words.items() for text in (f"--{name}", str(value))]
+    return [options["model"], "--problems", problems, *given]
+
+
+def test_two_processes_on_one_place_are_one_and_an_error(
+    options: dict[str, Any], whole: Path, problems: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    arguments = [*flags(options, problems), "--out", out, "--json"]
+    racing = [subprocess.Popen(command(*arguments), stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in racing]
+    failed = [error for process, (_, error) in zip(racing, said, strict=True) if process.returncode]
+    assert len(failed) <= 1  # a slow second finds that the first is done
+    for error in failed:
+        assert error.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in error
+    assert [(line["problem_id"], line["text"]) for line in lines_of(out)] == [
+        (line["problem_id"], line["text"]) for line in lines_of(whole)
+    ]
+
+
+def test_a_place_where_another_process_writes_is_refused(options: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(whole, tmp_path / "run"))
+    (out / "result.json").unlink()
+    hold = "import sys, pathlib; from trainer.recipes.samples import only_writer\n"
+    hold += "with only_writer(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold, str(out)], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"evaluate in .*: another process does so now; wait for it"):
+            run_evaluate(**options, out=out)
+        other.communicate("")
+    run_evaluate(**options, out=out)
+    assert (out / "result.json").read_bytes() == (whole / "result.json").read_bytes()
+
+
+def test_lines_that_are_too_many_are_not_summed_up(options: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run_evaluate(**options, out=out, share=Share.parse("1/2"))
+    twice = out / "worker-1-of-2" / "samples.jsonl"
+    twice.write_text(twice.read_text() * 2)
+    with pytest.raises(UserError, match=r"its 16 lines are not the 8 of this evaluation"):
+        run_evaluate(**options, out=out, share=Share.parse("2/2"))
+    assert not (out / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_problems_and_the_first_rank_answers(
+    options: dict[str, Any], whole: Path, problems: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "trainer.cli", "evaluate"]
+    launch += [*map(str, flags(options, problems)), "--out", str(out), "--json"]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)  # one object
+    assert result == json.loads((out / "result.json").read_text())
+    assert (result["worker"], result["problems"]) == ("all 2", 7)
+    assert result["scores"] == json.loads((whole / "result.json").read_text())["scores"]
+
+
+def test_a_teacher_reads_what_the_model_wrote(options: dict[str, Any], tiny_dir: Path, tmp_path: Path) -> None:
+    from tests.trainer.test_served import Served
+
+    options = options | {"limit": 3}
+    own = run_evaluate(**options, out=tmp_path / "run", teacher=str(tiny_dir))["own_text"]
+    assert own["top1_share"] == 1.0  # of itself
+    assert own["forward_kl_nats"] == pytest.approx(0, abs=1e-5)
+    assert own["reverse_kl_nats"] == pytest.approx(0, abs=1e-5)
+    served = Served("--teacher", f"tiny={tiny_dir}", "--dtype", "float32")
+    try:
+        there = run_evaluate(**options, out=tmp_path / "served", teacher=f"{served.location}#tiny")["own_text"]
+    finally:
+        served.kill()
+    assert there == pytest.approx(own, abs=1e-5)
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert (config["teacher"]["name"], config["teacher"]["dtype"]) == (tiny_dir.name, "float32")
+    with pytest.raises(UserError, match="it has another teacher"):
+        run_evaluate(**options, out=tmp_path / "run")
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    from tools.studies.teacher import MODELS
+
+    with pytest.raises(UserError, match="it has another tokenizer"):
+        run_evaluate(**options, out=tmp_path / "run", teacher=str(MODELS / "teacher"))
+    assert not (tmp_path / "run").exists()

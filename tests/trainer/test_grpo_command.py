@@ -101,7 +101,7 @@ def test_a_model_learns_from_its_rewards(model: Path, problems: Path, tmp_path: 
     assert {line["clip_share"] for line in metrics} == {0.0}  # one update: the ratio is 1
     assert run(model, problems, out) == result  # it is done already
     (row,) = run_report([out], tmp_path / "report")["runs"]
-    assert float(row["reward mean"]) > 0.8
+    assert row["last_steps"]["reward_mean"] > 0.8
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -181,7 +181,7 @@ def test_rewards_by_hand() -> None:
     }.items():
         assert exact_match(problem, text) == right, text
     pytest.importorskip("math_verify", reason="needs math-verify: pip install math-verify")
-    with judging(RewardKind.MATH) as judge:
+    with judging(RewardKind.MATH, [problem]) as judge:
         assert judge(problem, "\\boxed{84/2}") == 1
         assert judge(problem, "\\boxed{41}") == judge(problem, "none") == 0
 
@@ -190,7 +190,7 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_written(
     model: Path, problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    silent = write(tmp_path / "silent.jsonl", [{"id": "p0", "problem": "1"}])
+    silent = write(tmp_path / "silent.jsonl", [{"id": "p0", "problem": "1"}, {"problem": "2", "answer": "3"}])
     with pytest.raises(UserError, match="missing for 1"):
         run(model, silent, out)
     with pytest.raises(UserError, match="greedy"):
@@ -209,6 +209,29 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_written(
     with pytest.raises(UserError, match="trainer grpo under torchrun: 2 processes"):
         run(model, problems, out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer", "found"),
+    [
+        (RewardKind.MATH, "}{", r"answers to 10 problems .*: it cannot those of bad \(`}{`\); mend them"),
+        (RewardKind.EXACT, "\\frac{1}{2}", r"problem bad: .* cannot be in a box .*; use --reward math"),
+    ],
+)
+def test_an_answer_that_could_not_be_recognised_is_refused_if_its_problem_will_be_drawn(
+    reward: RewardKind, answer: str, found: str, model: Path, tmp_path: Path
+) -> None:
+    if reward is RewardKind.MATH:
+        pytest.importorskip("math_verify", reason="needs math-verify: pip install math-verify")
+    rows = [{"id": f"p{n}", "problem": str(n), "answer": str((n + 1) % 10)} for n in range(9)]
+    problems = write(tmp_path / "problems.jsonl", [*rows, {"id": "bad", "problem": "9", "answer": answer}])
+    out, training = tmp_path / "run", replace(TRAINING, steps=1, prompts=10, group=2)
+    with pytest.raises(UserError, match=found):
+        run(model, problems, out, reward=reward, training=training)
+    assert not out.exists()
+    few = replace(training, prompts=2, seed=0)  # of seed 0, the first two are others
+    run(model, problems, out, reward=reward, training=few)
+    assert len(lines(out)) == 1
 
 
 def test_a_reward_that_is_no_number_stops_the_run(model: Path, problems: Path, tmp_path: Path) -> None:

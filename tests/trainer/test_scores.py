@@ -97,9 +97,19 @@ def test_an_interval_is_about_problems_and_not_about_samples() -> None:
     assert once.low < once.mean < once.high
 
 
-def test_one_problem_has_no_interval() -> None:
-    score = bootstrap(np.array([0.25]), np.random.default_rng(0))
-    assert (score.mean, score.low, score.high) == (0.25, 0.25, 0.25)
+@pytest.mark.parametrize(
+    ("value", "problems", "low", "high"),
+    [
+        (0.0, 8, 0.0, 0.3694),  # Clopper-Pearson's of 0 of 8, as published tables have it
+        (1.0, 8, 0.6306, 1.0),
+        (0.0, 30, 0.0, 0.1157),
+        (0.0, 1, 0.0, 0.975),
+        (0.25, 1, 0.00625, 0.98125),
+    ],
+)
+def test_values_that_are_all_equal_are_no_certainty(value: float, problems: int, low: float, high: float) -> None:
+    score = bootstrap(np.full(problems, value), np.random.default_rng(0))
+    assert (score.mean, score.low, score.high) == pytest.approx((value, low, high), abs=5e-5)
 
 
 def test_a_table_names_every_score() -> None:

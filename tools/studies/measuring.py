@@ -42,7 +42,10 @@ class Exam:
 
 
 def figures_of(student: Student, problems: Sequence[Problem]) -> dict[str, float]:
-    """Avg@8 and Pass@8 (shares of 1), entropy (mean over tokens), mean length, share that ran into the limit."""
+    """Avg@8 and Pass@8 (shares of 1), entropy (mean over tokens), mean length, share that ran into the limit.
+
+    `avg_at_8_even` and `avg_at_8_odd` are of every other problem: what is chosen on one half is judged on the other.
+    """
     engine = engine_for(student.model, student.tokenizer, origin=Origin.STUDENT, batch_size=512)
     sampling = replace(ANSWERED, samples_per_problem=SAMPLES)
     written = engine.generate(render_prompts(student.tokenizer, problems, STYLE), sampling)
@@ -52,8 +55,11 @@ def figures_of(student: Student, problems: Sequence[Problem]) -> dict[str, float
     own = own_distributions(engine, written, engine.stop_ids, student.device)
     lengths = np.array([one.completion_tokens for one in written])
     entropy_nats = np.array([one.entropy_nats for one in own])
+    avg_P = avg_at_k(correct_PN, SAMPLES)
     return {
-        "avg_at_8": float(avg_at_k(correct_PN, SAMPLES).mean()),
+        "avg_at_8": float(avg_P.mean()),
+        "avg_at_8_even": float(avg_P[::2].mean()),
+        "avg_at_8_odd": float(avg_P[1::2].mean()),
         "pass_at_8": float(pass_at_k(correct_PN, SAMPLES).mean()),
         "entropy_nats": float(entropy_nats @ lengths / lengths.sum()),
         "length_tokens": float(lengths.mean()),

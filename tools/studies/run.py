@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,9 @@ from safetensors.torch import load_file
 
 from logitcache.console import note, run_command
 from tools.studies.measuring import ANSWERED, STYLE, VOCABULARY, Exam
-from tools.studies.study import FLOOR, LADDER, Distilled, Rewarded, Size, Window, named
+from tools.studies.study import LADDER, Distilled, Rewarded, Size, Window, named
 from tools.studies.teacher import MODELS
-from trainer.curriculum import CurriculumPlan
+from trainer.curriculum import CurriculumPlan, parse_floor
 from trainer.policy.settings import PolicyTraining, RewardKind, Surrogate
 from trainer.recipes.distill import Distillation, run_distill
 from trainer.recipes.grpo import run_grpo
@@ -60,7 +62,9 @@ def main(*, out: Path, name: str, size: str = "full") -> int:
 
 
 def _distilled(run: Distilled, out: Path, work: Path, size: Size) -> dict[str, Any]:
-    gated = run.window is Window.CURRICULUM
+    plan = None
+    if run.window is Window.CURRICULUM:
+        plan = CurriculumPlan(lengths=LADDER, floor=parse_floor(size.floor), check_every=size.check_every)
     result = run_distill(
         cache_url=str(out / CACHE),
         student_dir=MODELS / "student",
@@ -69,7 +73,7 @@ def _distilled(run: Distilled, out: Path, work: Path, size: Size) -> dict[str, A
             prefix=run.prefix,
             weights=WeightSchedule.constant(run.forward_weight),
             teacher=str(MODELS / "teacher") if run.prefix is Prefix.STUDENT else None,
-            curriculum=CurriculumPlan(lengths=LADDER, floor=FLOOR, check_every=size.check_every) if gated else None,
+            curriculum=plan,
         ),
         training=Training(
             steps=size.steps,
@@ -89,7 +93,7 @@ def _distilled(run: Distilled, out: Path, work: Path, size: Size) -> dict[str, A
     )
     kept = ("step", "window", "own_entropy_nats", "decision")
     checks = [{key: line[key] for key in kept} for line in _metrics(work) if "decision" in line]
-    return {"held_out": result["held_out"], "points": _points(work, size.exam), "checks": checks}
+    return {"held_out": result["held_out"], "checks": checks, **_measured_at_points(work, size.exam)}
 
 
 def _rewarded(run: Rewarded, out: Path, work: Path, size: Size) -> dict[str, Any]:
@@ -108,13 +112,13 @@ def _rewarded(run: Rewarded, out: Path, work: Path, size: Size) -> dict[str, Any
             seed=run.start.seed,
         ),
         surrogate=Surrogate(),
-        sampling=ANSWERED,
+        sampling=replace(ANSWERED, top_p=size.grpo_top_p, top_k=None),
         style=STYLE,
         reward=RewardKind.EXACT,
         checkpoint_every=size.grpo_steps // size.points,
         keep=size.points,
     )
-    return {"points": _points(work, size.exam)}
+    return _measured_at_points(work, size.exam)
 
 
 def measured(model_dir: Path, exam: Exam) -> dict[str, dict[str, float]]:
@@ -122,15 +126,17 @@ def measured(model_dir: Path, exam: Exam) -> dict[str, dict[str, float]]:
     return exam.measure(_load(model_dir))
 
 
-def _points(work: Path, problems: int) -> list[dict[str, Any]]:
-    """What the student could do at each checkpoint, and the FLOPs it had cost by then."""
+def _measured_at_points(work: Path, problems: int) -> dict[str, Any]:
+    """What the student could do at each checkpoint, the FLOPs it had cost by then, and the run's seconds."""
+    started = time.perf_counter()
     exam, lines, student = Exam(problems=problems), _metrics(work), _load(MODELS / "student")
     found = []
     for checkpoint in sorted((work / "checkpoints").glob("step-*")):
         student.model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)  # a tied head is none
         steps = int(checkpoint.name.removeprefix("step-"))
         found.append({"step": steps, "flops": lines[steps - 1]["flops"], **exam.measure(student)})
-    return found
+    training_s = sum(line["step_s"] for line in lines)
+    return {"points": found, "seconds": {"training": training_s, "measuring": time.perf_counter() - started}}
 
 
 def _metrics(work: Path) -> list[dict[str, Any]]:

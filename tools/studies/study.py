@@ -11,15 +11,12 @@ from enum import StrEnum
 
 from logitcache.errors import UserError
 from tools.studies.world import LONGEST
-from trainer.curriculum import AbsoluteFloor
 from trainer.settings import Prefix
 
 SHORT = 16
 """Completion tokens: about the first step of a working."""
 LADDER = (SHORT, 32, 64, LONGEST)
 """Of the curriculum: as the paper's, from the short window to the long one by doublings."""
-FLOOR = AbsoluteFloor(nats=0.04)
-"""Of the curriculum: half the teacher's entropy. Half the student's own at the start is more than a teacher has."""
 CORNERS = (1.0, 0.0)
 """Forward weights of the four cells."""
 
@@ -89,8 +86,9 @@ class Size:
         steps: of distillation; points: how often a run is measured, its end included.
         sequences: of a step.
         learning_rate: of distillation; grpo_learning_rate: of GRPO.
-        check_every: steps between checks of the curriculum.
+        check_every: steps between checks of the curriculum; floor: of entropy, see `trainer.curriculum.parse_floor`.
         grpo_steps: rollout batches, of `grpo_prompts` problems and `grpo_group` answers to each.
+        grpo_top_p: that these are drawn with; below 1, from another distribution than the one that is trained.
         seeds: of each run.
         mixes: forward weights, on student prefixes and long windows.
     """
@@ -102,16 +100,18 @@ class Size:
     sequences: int = 32
     learning_rate: float = 5e-4
     check_every: int = 20
+    floor: str = "0.04"
     grpo_steps: int = 40
     grpo_prompts: int = 16
     grpo_group: int = 8
     grpo_learning_rate: float = 1e-4
+    grpo_top_p: float = 0.95
     seeds: tuple[int, ...] = (0, 1, 2)
     mixes: tuple[float, ...] = (0.0, 0.2, 0.5, 0.8, 1.0)
 
 
 SIZES = {
-    "full": Size(),
+    "full": Size(floor="50%", grpo_top_p=1.0),
     "quick": Size(
         problems=192,
         exam=24,
@@ -119,8 +119,10 @@ SIZES = {
         points=2,
         sequences=16,
         check_every=4,
+        floor="50%",
         grpo_steps=4,
         grpo_prompts=4,
+        grpo_top_p=1.0,
         seeds=(0,),
         mixes=(0.0, 0.8, 1.0),
     ),

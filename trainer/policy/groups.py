@@ -45,6 +45,12 @@ class Drawn:
         }
 
 
+def problems_drawn(problems: Sequence[Problem], *, seed: int, count: int) -> list[Problem]:
+    """Those among the first `count` that `Groups` of this seed draws, each once."""
+    order = ShuffledOrder(count=len(problems), seed=seed)
+    return [problems[place] for place in np.unique(order.at(range(count))).tolist()]
+
+
 @dataclass(kw_only=True, eq=False)
 class Groups:
     """Problems in a shuffled order without end, G answers to each.

@@ -104,7 +104,7 @@ class Learner:
         """Entropy of each row, float32[R], of answers that are not trained on."""
         with torch.no_grad():
             entropy = self.log_probs(self.policy.head_over(part.batch), part).student_entropy
-        add_evaluation(ledger, self.policy.shape, part.batch, teacher_head_flops=0, step=step)
+        add_evaluation(ledger, self.policy.shape, part.batch, teacher_head_flops=0, step=step, lora=self.policy.lora)
         return entropy
 
     def refer(self, part: Part, ledger: FlopLedger, step: int) -> None:

@@ -72,6 +72,6 @@ def train_policy(
         }
         metrics.write(line)
         on_step(line)
-        if checkpoints is not None and checkpoints.due(step + 1):
+        if checkpoints is not None and checkpoints.due(step + 1, of=training.steps):
             checkpoints.save(step + 1, policy.model, optimizer, parts)
     return trained

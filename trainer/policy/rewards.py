@@ -6,9 +6,10 @@ Guarantees: a reward depends on the problem and the text alone; nothing that a m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from logitcache.errors import UserError
 from logitcache.problems import Problem
 from trainer.answers import AnswerChecker, Verdict
 from trainer.policy.settings import RewardKind
@@ -20,17 +21,26 @@ _BOX = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 @contextmanager
-def judging(reward: RewardKind | Reward) -> Iterator[Reward]:
+def judging(reward: RewardKind | Reward, asked: Sequence[Problem]) -> Iterator[Reward]:
     """The function that judges; while it is open, a process of its own checks answers if they are mathematics.
 
+    Args:
+        reward: how.
+        asked: what will be judged. With a reward of ours, the right answer to each must earn something.
+
     Raises:
-        UserError: mathematics to check, and math-verify is not installed.
+        UserError: a problem whose own answer would earn nothing; mathematics to check without math-verify.
     """
     match reward:
         case RewardKind.MATH:
             with AnswerChecker() as checker:
+                checker.require_checkable(asked)
                 yield lambda problem, text: float(checker.check(problem.answer, text).verdict is Verdict.CORRECT)
         case RewardKind.EXACT:
+            for problem in asked:
+                if not exact_match(problem, f"\\boxed{{{problem.answer}}}"):
+                    found = f"`{problem.answer[:40]}` cannot be in a box that --reward exact reads"
+                    raise UserError(f"the answer of problem {problem.id}", found, "use --reward math, or leave it out")
             yield exact_match
         case _:
             yield reward

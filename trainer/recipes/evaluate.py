@@ -1,22 +1,29 @@
 """A model on a problem set: what it writes, whether that is right, and what its distributions are like.
 
 Guarantees: every completion is kept; killed anywhere, the same command goes on after the last whole chunk and keeps the
-same lines; another configuration in the same place is refused; several workers need nothing but a directory in common,
-and the one that ends last sums up. Distance from a teacher (`trainer.evaluate`) is measured besides, given a cache.
+same lines; another configuration in the same place, and another process at work there, are refused; several workers
+need nothing but a directory in common, and the one that ends last sums up. Besides, distance from a teacher: on the
+model's own text, given the teacher, and on held-out text (`trainer.evaluate`), given a cache.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from logitcache.console import note
 from logitcache.errors import UserError, require
 from logitcache.identity import model_display_name, resolve_model, weights_fingerprint
+from logitcache.problems import Problem
 from logitcache.prompts import PromptStyle
 from logitcache.scorers.choose import EngineName, Served
 from logitcache.scoring import DTYPES, Sampling
@@ -24,20 +31,33 @@ from trainer.answers import AnswerChecker
 from trainer.benchmarks import benchmark_digest, load_benchmark
 from trainer.provenance import commit, device_name, versions
 from trainer.recipes.held_out import HeldOutText
-from trainer.recipes.samples import figures, read_lines
+from trainer.recipes.reader import find_reader
+from trainer.recipes.samples import figures, only_writer, read_lines
 from trainer.recipes.writing import Writing, require_causal
 from trainer.runs import CONFIG, PROVENANCE, new_run_dir, open_run, write_json
 from trainer.scores import require_ks
 
 RESULT = "result.json"
+_LOOKS_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one worker of several does: every `workers`-th problem from number `worker` on; 0 is the first."""
+    """What one worker of several does: every `workers`-th problem from number `worker` on; 0 is the first.
+
+    Attributes:
+        together: all workers were started at once, and end all if one fails: the first waits for the others, and
+            answers for all.
+    """
 
     worker: int = 0
     workers: int = 1
+    together: bool = False
+
+    @property
+    def answers(self) -> bool:
+        """Whether this worker gives an answer."""
+        return not self.together or self.worker == 0
 
     def __str__(self) -> str:
         return f"{self.worker + 1}/{self.workers}"
@@ -49,6 +69,15 @@ class Share:
         if not (worker.isdecimal() and workers.isdecimal() and 1 <= int(worker) <= int(workers)):
             raise UserError(f"--worker {text}", "not a worker of several", "write it as 1/4 for the first of four")
         return cls(worker=int(worker) - 1, workers=int(workers))
+
+    @classmethod
+    def of_torchrun(cls) -> Share:
+        """What torchrun started this process for, on a GPU of its own if there are any; without torchrun the whole."""
+        if not dist.is_torchelastic_launched():
+            return cls()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return cls(worker=int(os.environ["RANK"]), workers=int(os.environ["WORLD_SIZE"]), together=True)
 
     def directory(self, out: Path) -> Path:
         """Where it is kept; of one worker that is the evaluation's own place."""
@@ -78,6 +107,7 @@ def run_evaluate(
     share: Share = WHOLE,
     chunk: int = 64,
     answer_limit_s: int = 5,
+    teacher: str | None = None,
     held_out: HeldOutText | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model and write `config.json`, `samples.jsonl` and `result.json`.
@@ -97,6 +127,8 @@ def run_evaluate(
         share: of the problems, for one worker of several. With several, each has a directory under `out`.
         chunk: completions that are written, measured, checked and kept at a time.
         answer_limit_s: processor seconds that checking one answer may take.
+        teacher: a model with the same tokenizer, or a served one, `grpc://HOST:PORT#NAME`, that reads every completion
+            and is compared with the model there.
         held_out: text of a cache to measure the model on besides; the first worker does.
 
     Returns:
@@ -132,6 +164,7 @@ def run_evaluate(
         dtype=dtype,
         stop_tokens=stop_tokens,
         problems_at_once=max(1, chunk // samples),
+        teacher=None if teacher is None else find_reader(teacher, model_dir, dtype),
     )
     directory = share.directory(out)
     with AnswerChecker(limit_s=answer_limit_s) as checker:
@@ -142,6 +175,7 @@ def run_evaluate(
             "model": {"name": model_display_name(model), "fingerprint": weights_fingerprint(model_dir)},
             "problems": {"name": Path(problems).name, "count": len(wanted), "digest": benchmark_digest(wanted)},
             **writing.identity,
+            **({} if writing.teacher is None else {"teacher": writing.teacher.identity}),
             "answers": {"math-verify": version("math-verify"), "limit_s": answer_limit_s},
             "ks": list(ks),
             "held_out": None if text is None else text.identity,
@@ -152,22 +186,26 @@ def run_evaluate(
         if share.workers > 1:
             new_run_dir(out, may_hold=[*map(str, share.places(out)), str(out / RESULT)])
         open_run(directory, config)
-        if (directory / RESULT).exists():
-            note(f"{directory} is done already")
-        else:
-            writing.run(directory, checker)
-    if not (directory / RESULT).exists():
-        on_text = text.measure() if text is not None and share.worker == 0 else None
-        result = {"worker": str(share), **figures(read_lines(directory), samples, ks), "held_out": on_text}
-        write_json(directory / RESULT, result)
-    return _summed_up(out, share, len(wanted), samples, ks)
+        with only_writer(directory):
+            if (directory / RESULT).exists():
+                note(f"{directory} is done already")
+            else:
+                writing.run(directory, checker)
+                on_text = text.measure() if text is not None and share.worker == 0 else None
+                lines = read_lines(directory, writing.problems, samples)
+                result = {"worker": str(share), **figures(lines, samples, ks), "held_out": on_text}
+                write_json(directory / RESULT, result)
+    return _summed_up(out, share, wanted, samples, ks)
 
 
-def _summed_up(out: Path, share: Share, problems: int, samples: int, ks: Sequence[int]) -> dict[str, Any]:
+def _summed_up(out: Path, share: Share, problems: Sequence[Problem], samples: int, ks: Sequence[int]) -> dict[str, Any]:
     """The figures of all shares if they are all there, in the order of the problems."""
     own = share.directory(out)
     places = share.places(out)
-    missing = sum(not (place / RESULT).exists() for place in places)
+    missing = _not_done(places)
+    while missing and share.together and share.answers:
+        time.sleep(_LOOKS_EVERY_S)
+        missing = _not_done(places)
     if share.workers == 1 or missing:
         if missing:
             note(f"worker {share} is done; {missing} of {share.workers} are not")
@@ -176,9 +214,9 @@ def _summed_up(out: Path, share: Share, problems: int, samples: int, ks: Sequenc
     for place, config in zip(places, configs, strict=True):
         if any(config.get(name) != value for name, value in configs[0].items() if name not in (*PROVENANCE, "worker")):
             raise UserError(f"sum up {out}", f"{place.name} has another configuration", "do that share again elsewhere")
-    shares = [read_lines(place) for place in places]
+    shares = [read_lines(place, problems[worker :: share.workers], samples) for worker, place in enumerate(places)]
     lines = []
-    for number in range(problems):
+    for number in range(len(problems)):
         first = number // share.workers * samples
         lines += shares[number % share.workers][first : first + samples]
     held_out = _read(places[0] / RESULT)["held_out"]
@@ -186,6 +224,10 @@ def _summed_up(out: Path, share: Share, problems: int, samples: int, ks: Sequenc
     write_json(own / "all.json", result)  # in a place of this worker's own: two may end at the same moment
     (own / "all.json").replace(out / RESULT)
     return result
+
+
+def _not_done(places: Sequence[Path]) -> int:
+    return sum(not (place / RESULT).exists() for place in places)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from trainer.benchmarks import benchmark_digest, load_benchmark
 from trainer.checkpoint import Checkpoints, remove_leftovers
 from trainer.distributed import require_alone
 from trainer.flops import FlopLedger
-from trainer.policy.groups import Groups
+from trainer.policy.groups import Groups, problems_drawn
 from trainer.policy.learner import Learner
 from trainer.policy.loop import train_policy
 from trainer.policy.rewards import Reward, judging, reward_name
@@ -31,7 +31,7 @@ from trainer.recipes.data import StudentEngine
 from trainer.recipes.writing import Writing, require_causal
 from trainer.rollouts import VLLMRollouts, load_rollout_engine, student_generator
 from trainer.runs import MetricsLog, open_run, write_json
-from trainer.student import Student, load_student
+from trainer.student import Student, load_student, require_backend
 from trainer.watch import Watch, require_watch, watching
 
 
@@ -105,7 +105,9 @@ def run_grpo(
         "device": device_name(),
         "commit": commit(),
     }
-    with judging(reward) as judge:
+    checkpoints = replace(checkpoints, identity={name: config[name] for name in ("model", "problems")})
+    drawn = problems_drawn(asked, seed=training.seed, count=training.steps * training.prompts)
+    with judging(reward, drawn) as judge:
         policy = _load_policy(writing, training)
         if open_run(out, config):
             if (out / "result.json").exists():
@@ -195,12 +197,15 @@ def _train(
 
 def _load_policy(writing: Writing, training: PolicyTraining) -> Student:
     known = max(writing.tokenizer.get_vocab().values()) + 1
-    return load_student(
+    policy = load_student(
         writing.model_dir,
         vocab_size=min(known, ModelShape.of(writing.model_dir).vocab),
         precision=training.precision,
         gradient_checkpointing=training.gradient_checkpointing,
     )
+    if training.backend is not None:
+        require_backend(policy, training.backend)
+    return policy
 
 
 @contextmanager

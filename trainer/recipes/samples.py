@@ -1,16 +1,18 @@
 """`samples.jsonl`, what an evaluation keeps of every completion, and what follows from it.
 
-Guarantees: lines come in the order of problems and samples and in whole chunks; what a killed run left of a chunk is
-cut off and made again; lines of other problems are refused. All figures but those of the cache follow from the lines
-alone, so shares that were made apart are summed up as if they were one.
+Guarantees: lines come in the order of problems and samples and in whole chunks, from one process at a time; what a
+killed run left of a chunk is cut off and made again; lines of other problems are refused. All figures but those of the
+cache follow from the lines alone, so shares that were made apart are summed up as if they were one.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from trainer.own_text import OwnDistribution
 from trainer.scores import score_table
 
 FILE = "samples.jsonl"
+APART = ("forward_kl_nats", "reverse_kl_nats", "top1_share")
+"""What a teacher adds to a line."""
 Line = dict[str, Any]
 
 
@@ -37,10 +41,22 @@ def sample_line(number: int, sequence: TokenSequence, own: OwnDistribution, text
         "answer": checked.answer,
         "completion_tokens": sequence.completion_tokens,
         "finish_reason": str(sequence.finish_reason),
-        **asdict(own),
+        **{name: value for name, value in asdict(own).items() if value is not None},
         "seed": sequence.seed,
         "text": text,
     }
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Within it, no other process adds lines here. Raises UserError if one does already."""
+    with (directory / FILE).open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            do = "wait for it, choose another --out, or share the problems with --worker"
+            raise UserError(f"evaluate in {directory}", "another process does so now", do) from error
+        yield
 
 
 def append_lines(directory: Path, lines: Iterable[Line]) -> None:
@@ -58,10 +74,10 @@ def keep_whole_chunks(directory: Path, chunks: Sequence[Sequence[Problem]], samp
         UserError: the lines are not those of these problems.
     """
     file = directory / FILE
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    lines = file.read_bytes().split(b"\n")[:-1]
     kept = used = 0
     for chunk in chunks:
-        expected = [(problem.id, number) for problem in chunk for number in range(samples)]
+        expected = _keys(chunk, samples)
         part = lines[used : used + len(expected)]
         if len(part) < len(expected):
             break
@@ -69,14 +85,23 @@ def keep_whole_chunks(directory: Path, chunks: Sequence[Sequence[Problem]], samp
             found = f"lines {used + 1} to {used + len(part)} are not those of this evaluation"
             raise UserError(f"go on with {file}", found, "choose another --out")
         used, kept = used + len(expected), kept + 1
-    if file.exists():
-        os.truncate(file, sum(len(line) + 1 for line in lines[:used]))
+    os.truncate(file, sum(len(line) + 1 for line in lines[:used]))
     return kept
 
 
-def read_lines(directory: Path) -> list[Line]:
-    """All samples of a share that is done."""
-    return [json.loads(line) for line in (directory / FILE).read_text().split("\n")[:-1]]
+def read_lines(directory: Path, problems: Sequence[Problem], samples: int) -> list[Line]:
+    """All samples of a share that is done.
+
+    Raises:
+        UserError: the lines are not exactly one for each sample of each problem, in order.
+    """
+    file = directory / FILE
+    lines = file.read_bytes().split(b"\n")[:-1]
+    expected = _keys(problems, samples)
+    if [_key(line) for line in lines] != expected:
+        found = f"its {len(lines)} lines are not the {len(expected)} of this evaluation"
+        raise UserError(f"sum up {file}", found, "do it again with another --out")
+    return [json.loads(line) for line in lines]
 
 
 def figures(lines: Sequence[Line], samples: int, ks: Sequence[int]) -> dict[str, Any]:
@@ -102,6 +127,7 @@ def figures(lines: Sequence[Line], samples: int, ks: Sequence[int]) -> dict[str,
         "truncated_share": truncated / len(lines),
         "entropy_nats": _token_mean(lines, "entropy_nats"),
         "eos_mass": _token_mean(lines, "eos_mass"),
+        "own_text": {name: _token_mean(lines, name) for name in APART} if APART[0] in lines[0] else None,
     }
 
 
@@ -118,8 +144,9 @@ def described(result: Mapping[str, Any]) -> str:
         f"{result['truncated_share']:.1%} truncated",
         f"entropy {result['entropy_nats']:.4f} nats, stop mass {result['eos_mass']:.4f}",
     ]
-    held_out = result["held_out"] or {}
-    lines += [f"held out: {name} {value:.4f}" for name, value in held_out.items() if isinstance(value, float)]
+    for text, key in (("own text", "own_text"), ("held out", "held_out")):
+        found = result.get(key) or {}
+        lines += [f"{text}: {name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]
     return "\n".join(lines)
 
 
@@ -127,6 +154,10 @@ def _token_mean(lines: Sequence[Line], name: str) -> float:
     """Over all tokens; a line's value is the mean over its own."""
     tokens = sum(line["completion_tokens"] for line in lines)
     return sum(line[name] * line["completion_tokens"] for line in lines) / tokens
+
+
+def _keys(problems: Sequence[Problem], samples: int) -> list[tuple[Any, Any]]:
+    return [(problem.id, number) for problem in problems for number in range(samples)]
 
 
 def _key(line: bytes) -> tuple[Any, Any] | None:

@@ -27,6 +27,7 @@ from logitcache.scorers.hf import load_stop_ids, load_tokenizer
 from logitcache.scoring import Prompt, Sampling, Scorer
 from trainer.answers import AnswerChecker
 from trainer.own_text import OwnDistribution, own_distributions
+from trainer.recipes.reader import TeacherAsReader
 from trainer.recipes.samples import append_lines, keep_whole_chunks, sample_line
 
 
@@ -53,6 +54,7 @@ class Writing:
         dtype: what both compute in.
         stop_tokens: that end a completion besides the model's own.
         problems_at_once: of a chunk.
+        teacher: to read what was written, and be compared with the model.
 
     Raises:
         UserError: a prompt that leaves too little of the model's context, no stop token, or an unknown one.
@@ -67,6 +69,7 @@ class Writing:
     dtype: str
     stop_tokens: Sequence[str]
     problems_at_once: int
+    teacher: TeacherAsReader | None = None
 
     def __post_init__(self) -> None:
         if not self.stop_ids:
@@ -115,15 +118,18 @@ class Writing:
             return
         if done:
             note(f"going on after {done * size} of {len(self.problems)} problems")
-        with Progress("evaluate", 2 * samples * len(self.problems), "completions written and measured") as progress:
-            progress.add(2 * samples * done * size)
+        stages = 2 if self.teacher is None else 3
+        with Progress("evaluate", stages * samples * len(self.problems), "completions written and read") as progress:
+            progress.add(stages * samples * done * size)
             writer = replace(self._load(self.generator, progress), stop_ids=self.stop_ids)
             scorer = writer if self.scorer == self.generator else self._load(self.scorer, progress)
+            teacher = None if self.teacher is None else self.teacher.load()
             try:
                 with ThreadPoolExecutor(max_workers=1, thread_name_prefix="checker") as beside:
                     pending: Future[None] | None = None
                     for chunk in chunks[done:]:
-                        written = self._written(chunk, writer, scorer)
+                        written = self._written(chunk, writer, scorer, teacher)
+                        progress.add(0 if teacher is None else len(written))
                         if pending is not None:
                             pending.result()
                         pending = beside.submit(self._keep, directory, chunk, written, checker)
@@ -136,10 +142,13 @@ class Writing:
     def _load(self, name: EngineName, progress: Progress) -> Any:
         return load_teacher(name, name, self.model_dir, dtype=self.dtype, on_sequences=progress.add)
 
-    def _written(self, chunk: slice, writer: Any, scorer: Scorer) -> list[tuple[TokenSequence, OwnDistribution]]:
+    def _written(
+        self, chunk: slice, writer: Any, scorer: Scorer, teacher: Scorer | None
+    ) -> list[tuple[TokenSequence, OwnDistribution]]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         sequences = writer.generate(self.prompts[chunk], self.sampling)
-        return list(zip(sequences, own_distributions(scorer, sequences, self.stop_ids, device), strict=True))
+        own = own_distributions(scorer, sequences, self.stop_ids, device, teacher)
+        return list(zip(sequences, own, strict=True))
 
     def _keep(
         self,
