@@ -2,7 +2,8 @@
 
 Guarantees: a checkpoint is there whole or not at all (written beside, synced, renamed), and one that cannot be written
 leaves the last good one; nothing is pickled: tensors are safetensors, the rest is JSON; only the newest `keep` stay.
-Whether a checkpoint belongs to a run is decided before, by the run's configuration (`trainer.runs.open_run`).
+A run's configuration is compared before (`trainer.runs.open_run`); a checkpoint also names what it was trained from,
+and is refused where that is another.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from logitcache.errors import UserError, require
+from logitcache.errors import IdentityError, UserError, require
+from logitcache.store.envelope import differences
 from logitcache.store.local import flush
 from trainer.distributed import ALONE, Ranks, collected, like
-from trainer.runs import write_json
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -49,12 +50,14 @@ class Checkpoints:
         every: steps between two.
         keep: how many stay.
         ranks: that train together. The first one writes, whole tensors that it gathers; all of them read.
+        identity: JSON values: what a run is trained from. Kept in each, and compared when one is restored.
     """
 
     directory: Path
     every: int
     keep: int = 2
     ranks: Ranks = ALONE
+    identity: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "--checkpoint-every, at least 1", self.every)
@@ -64,9 +67,9 @@ class Checkpoints:
         """Steps done at the newest checkpoint; None without one."""
         return max(self._steps(), default=None)
 
-    def due(self, steps_done: int) -> bool:
-        """Whether one is to be written after so many steps."""
-        return steps_done % self.every == 0
+    def due(self, steps_done: int, *, of: int) -> bool:
+        """Whether one is to be written after so many steps `of` all: also after the last, before what follows it."""
+        return steps_done % self.every == 0 or steps_done == of
 
     def save(
         self, steps_done: int, model: nn.Module, optimizer: torch.optim.Optimizer, parts: Mapping[str, Stateful]
@@ -86,8 +89,9 @@ class Checkpoints:
             partial.mkdir(parents=True)
             save_file(weights, partial / MODEL)
             save_file(moments, partial / OPTIMIZER)
-            write_json(partial / STATE, {name: part.state() for name, part in parts.items()})
-            for path in (partial / MODEL, partial / OPTIMIZER, partial):
+            state = {"identity": self.identity, "parts": {name: part.state() for name, part in parts.items()}}
+            (partial / STATE).write_text(json.dumps(state))
+            for path in (*partial.iterdir(), partial):
                 flush(path)
             partial.rename(target)
             flush(self.directory)
@@ -107,17 +111,22 @@ class Checkpoints:
         """Put everything back as it was at the newest checkpoint; the steps done then, 0 without one.
 
         Raises:
-            UserError: a checkpoint that is damaged or has other parts than this run.
+            IdentityError: a checkpoint of another identity.
+            UserError: one that is damaged or has other parts than this run.
         """
         steps_done = self.latest()
         if steps_done is None:
             return 0
         source = self._of(steps_done)
         try:
-            weights, moments = load_file(source / MODEL), load_file(source / OPTIMIZER)
-            state = json.loads((source / STATE).read_text())
+            kept = json.loads((source / STATE).read_text())
+            if different := differences(kept["identity"], self.identity):
+                found = f"it is of another {', '.join(different)}"
+                raise IdentityError(f"resume from {source}", found, "remove it, or choose another --out")
+            state = kept["parts"]
             if state.keys() != parts.keys():
                 raise ValueError(f"its parts are {', '.join(state)}, this run's {', '.join(parts)}")
+            weights, moments = load_file(source / MODEL), load_file(source / OPTIMIZER)
             _load_weights(model, weights)
             _load_moments(model, optimizer, moments)
             for name, part in parts.items():
@@ -132,7 +141,7 @@ class Checkpoints:
         return self.directory / f"step-{steps:08d}"
 
     def _steps(self) -> list[int]:
-        return [int(path.name.removeprefix("step-")) for path in self.directory.glob("step-*")]
+        return [int(path.name.removeprefix("step-")) for path in self.directory.glob("step-" + 8 * "[0-9]")]
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-from logitcache.console import answer, leave, run_command
+from logitcache.console import answer, command_line, leave, run_command
 from logitcache.prompts import PromptStyle
 from logitcache.scoring import Sampling
 from trainer.planning.case import Aim, Case
@@ -19,7 +19,11 @@ from trainer.policy.settings import PolicyTraining, RewardKind, Surrogate
 from trainer.settings import Prefix, Training
 from trainer.watch import Watch
 
-app = App(name="trainer", help=__doc__.splitlines()[0], version_flags=[])
+app = command_line("trainer", __doc__)
+
+_TRAINING = Parameter(name="*", group="Training")
+_WRITING = Parameter(group="Writing")
+_CURRICULUM = Parameter(group="Curriculum")
 
 RUN = Training()
 CASE = Case()
@@ -59,26 +63,28 @@ def distill(
     student: str,
     out: Path,
     prefix: Prefix = Prefix.TEACHER,
-    student_share: float = 0.5,
+    student_share: float | None = None,
     forward_weight: str = "1.0",
     teacher: str | None = None,
-    generator: Literal["transformers", "vllm"] = "transformers",
-    training: Annotated[Training, Parameter(name="*")] = RUN,
-    temperature: float = 1.0,
-    top_p: float = 0.95,
-    top_k: int = 20,
+    generator: Literal["transformers", "vllm"] | None = None,
+    training: Annotated[Training, _TRAINING] = RUN,
+    temperature: Annotated[float, _WRITING] = 1.0,
+    top_p: Annotated[float, _WRITING] = 0.95,
+    top_k: Annotated[int, _WRITING] = 20,
     targets: str | None = None,
     cross_entropy_share: float = 0.0,
-    curriculum: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (),
-    entropy_floor: str = "50%",
-    check_every: int = 50,
-    patience: int = 1,
+    curriculum: Annotated[tuple[int, ...], Parameter(consume_multiple=True), _CURRICULUM] = (),
+    entropy_floor: Annotated[str | None, _CURRICULUM] = None,
+    check_every: Annotated[int | None, _CURRICULUM] = None,
+    patience: Annotated[int | None, _CURRICULUM] = None,
     watch: tuple[Watch, ...] = (),
     checkpoint_every: int = 100,
     keep: int = 2,
     json: bool = False,
 ) -> None:
     """Train one student and measure it on held-out problems before and after.
+
+    The defaults are a first try of seconds; `trainer advise` prints the options of a real run.
 
     From the cache (teacher prefix) a step costs the student's forward and backward and the teacher's head; the teacher
     itself is neither loaded nor looked for. On student prefixes it costs besides that the student's writing and the
@@ -97,12 +103,12 @@ def distill(
         student: the model to start from, a transformers model id or directory with the teacher's tokenizer.
         out: a directory for the trained student, its metrics, checkpoints and result: new, or of this same run.
         prefix: who writes the text: teacher (the cache), student (live), or mixed (both at every step).
-        student_share: mixed prefixes: the student's share of each step's sequences.
+        student_share: mixed prefixes: the student's share of each step's sequences; half if not given.
         forward_weight: 1 is forward KL, 0 reverse KL, between them a linear mix; 1.0:0.2@100 goes from 1.0 to 0.2 over
             steps 0 to 100.
         teacher: the model that built the cache, to score what the student writes; for student and mixed prefixes. Or
             a served one, `grpc://HOST:PORT#NAME` (see `logitcache serve`).
-        generator: the engine that the student writes with: transformers, or vllm in this process.
+        generator: the engine that the student writes with: transformers (if not given), or vllm in this process.
         training: how it is trained.
         temperature: student prefixes: sampling temperature.
         top_p: student prefixes: nucleus.
@@ -113,24 +119,21 @@ def distill(
             fine-tuning). Between them it costs a second pass through the student's head. Teacher prefixes only.
         curriculum: windows in place of --window, ascending, such as `--curriculum 128 256 512`: the next one is taken
             while the entropy of what the student writes on held-out prompts is at or above the floor.
-        entropy_floor: in nats per token (0.3), or a share of the entropy before the first step (50%).
-        check_every: steps between the curriculum's checks.
-        patience: checks in a row below the floor after which the window stays for good.
+        entropy_floor: in nats per token (0.3), or a share of the entropy before the first step (50%, if not given).
+        check_every: steps between the curriculum's checks; 50 if not given.
+        patience: checks in a row below the floor after which the window stays for good; 1 if not given.
         watch: tensorboard or wandb, besides metrics.jsonl; may be given twice.
         checkpoint_every: steps between checkpoints, each three times the float32 weights in size.
         keep: checkpoints that stay, the newest.
         json: print one JSON object.
     """
     from logitcache.identity import resolve_model
-    from trainer.curriculum import CurriculumPlan, parse_floor
+    from trainer.curriculum import plan_of
     from trainer.distributed import joined
     from trainer.recipes.distill import Distillation, run_distill
     from trainer.schedules import WeightSchedule
 
-    plan = None
-    if curriculum:
-        floor = parse_floor(entropy_floor)
-        plan = CurriculumPlan(lengths=curriculum, floor=floor, check_every=check_every, patience=patience)
+    plan = plan_of(curriculum, floor=entropy_floor, check_every=check_every, patience=patience)
     with joined() as ranks:
         result = run_distill(
             cache_url=cache,
@@ -154,7 +157,7 @@ def distill(
             ranks=ranks,
         )
     if ranks.first:
-        answer(result, _described(result), as_json=json)
+        answer({"out": str(out), **result}, _described(result), as_json=json)
 
 
 @app.command
@@ -166,10 +169,10 @@ def grid(
     teacher: str,
     out: Path,
     generator: Literal["transformers", "vllm"] = "transformers",
-    training: Annotated[Training, Parameter(name="*")] = RUN,
-    temperature: float = 1.0,
-    top_p: float = 0.95,
-    top_k: int = 20,
+    training: Annotated[Training, _TRAINING] = RUN,
+    temperature: Annotated[float, _WRITING] = 1.0,
+    top_p: Annotated[float, _WRITING] = 0.95,
+    top_k: Annotated[int, _WRITING] = 20,
     students: int = 10,
     mixes: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (1.0, 0.0),
     targets: str | None = None,
@@ -233,8 +236,8 @@ def grpo(
     out: Path,
     reward: RewardKind = RewardKind.MATH,
     generator: Literal["transformers", "vllm"] = "transformers",
-    training: Annotated[PolicyTraining, Parameter(name="*")] = POLICY,
-    surrogate: Annotated[Surrogate, Parameter(name="*")] = SURROGATE,
+    training: Annotated[PolicyTraining, _TRAINING] = POLICY,
+    surrogate: Annotated[Surrogate, Parameter(name="*", group="Loss")] = SURROGATE,
     max_new_tokens: int = 1024,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -309,18 +312,19 @@ def evaluate(
     max_new_tokens: int = 4096,
     temperature: float = 1.0,
     top_p: float = 0.95,
-    top_k: int = 20,
+    top_k: int | None = 20,
     seed: int = 0,
     style: Annotated[PromptStyle, Parameter(name="*")] = PROMPT_STYLE,
     k: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (),
     limit: int | None = None,
-    worker: str = "1/1",
+    worker: str | None = None,
     generator: str = "transformers",
     scorer: str | None = None,
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     stop_tokens: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     chunk: int = 64,
     answer_limit_s: int = 5,
+    teacher: str | None = None,
     cache: str | None = None,
     window: int = 128,
     held_out_share: float = 0.2,
@@ -332,6 +336,7 @@ def evaluate(
     Costs --samples completions of every problem, and one reading of each to measure entropy and stop mass; checking the
     answers costs milliseconds each. Killed, the same command goes on after the last chunk; another configuration in the
     same --out is refused. Several workers run it with the same --out and their own --worker; the last one sums up.
+    Under torchrun each process takes its share by itself, and the first answers for all.
 
     Example: trainer evaluate runs/student --problems math500 --out runs/student-math500 --samples 4
 
@@ -344,29 +349,34 @@ def evaluate(
         max_new_tokens: of a completion; one that reaches it counts as truncated.
         temperature: of sampling; 0 is greedy, and takes --samples 1.
         top_p: nucleus.
-        top_k: likeliest tokens to draw from.
+        top_k: likeliest tokens to draw from; `none` for all.
         seed: of sampling.
         style: how a problem is put to the model.
         k: of Pass@k and maj@k, each at most --samples; by default the powers of two up to that.
         limit: the first so many problems.
-        worker: this worker of so many, such as `2/8`.
+        worker: this worker of so many, such as `2/8`; by default the only one, or as torchrun says.
         generator: the engine that writes: transformers, vllm, or http://host:port#model.
         scorer: the engine that measures the text, transformers or vllm; by default the one that writes.
         dtype: what the engines compute in.
         stop_tokens: that end a completion besides the model's own, such as `<|im_end|>` of a chat teacher.
         chunk: completions that are written, measured, checked and kept at a time.
         answer_limit_s: processor seconds that checking one answer may take; beyond it, the answer is wrong.
+        teacher: a model with the same tokenizer, or a served one, `grpc://HOST:PORT#NAME`, to measure KL and top-1
+            agreement on what the model wrote; costs a reading of every completion by the teacher.
         cache: a sealed cache, to measure KL, likelihood and top-1 agreement on its held-out text too.
         window: completion tokens of that text.
         held_out_share: of the cache's problems, as in training.
         held_out_sequences: how many of those to measure on, at most.
         json: print one JSON object.
     """
+    from logitcache.errors import require
     from logitcache.scorers.choose import parse_engine
     from trainer.recipes.evaluate import Share, run_evaluate
     from trainer.recipes.held_out import HeldOutText
     from trainer.recipes.samples import described
 
+    require(samples >= 1, "--samples, at least 1", samples)
+    share = Share.of_torchrun() if worker is None else Share.parse(worker)
     text = None
     if cache is not None:
         text = HeldOutText(
@@ -394,12 +404,14 @@ def evaluate(
         dtype=dtype,
         stop_tokens=stop_tokens,
         limit=limit,
-        share=Share.parse(worker),
+        share=share,
         chunk=chunk,
         answer_limit_s=answer_limit_s,
+        teacher=teacher,
         held_out=text,
     )
-    answer(result, described(result), as_json=json)
+    if share.answers:
+        answer(result, described(result), as_json=json)
 
 
 @app.command
@@ -431,15 +443,17 @@ def equal_flops(
     teacher: str,
     budgets: Annotated[tuple[float, ...], Parameter(consume_multiple=True)],
     out: Path | None = None,
+    student_shares: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (0.0, 1.0),
     mixes: Annotated[tuple[float, ...], Parameter(consume_multiple=True)] = (1.0, 0.0),
     seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0, 1, 2),
     parts: int = 4,
     students: int = 10,
-    training: Annotated[Training, Parameter(name="*")] = RUN,
-    temperature: float = 1.0,
-    top_p: float = 0.95,
-    top_k: int = 20,
+    training: Annotated[Training, _TRAINING] = RUN,
+    temperature: Annotated[float, _WRITING] = 1.0,
+    top_p: Annotated[float, _WRITING] = 0.95,
+    top_k: Annotated[int, _WRITING] = 20,
     targets: str | None = None,
+    cross_entropy_share: float = 0.0,
     problems: str | None = None,
     limit: int | None = None,
     samples: int = 4,
@@ -465,10 +479,13 @@ def equal_flops(
     Args:
         cache: a cache with hidden states, as `logitcache build` makes it.
         student: the model every run starts from, a transformers model id or directory with the teacher's tokenizer.
-        teacher: the model that built the cache; loaded for student prefixes only.
+        teacher: the model that built the cache, or a served one, `grpc://HOST:PORT#NAME`; loaded for student prefixes
+            only.
         budgets: FLOPs of training one student (rollouts and live scoring included, measuring not), one or more.
         out: a directory for the report (equal_flops.json, .md, .png) and the runs: new, or of this same study.
-        mixes: forward weights, each on teacher and on student prefixes: 1 is forward KL, 0 reverse KL.
+        student_shares: of each step's sequences, that the student writes: 0 is teacher prefixes, 1 student prefixes,
+            between them a mix, which owes the build as teacher prefixes do.
+        mixes: forward weights, each with every share: 1 is forward KL, 0 reverse KL.
         seeds: of order and sampling, a run of every cell for each.
         parts: each budget is measured at so many equal parts of it.
         students: how many students share the cache, for the amortised cost.
@@ -477,6 +494,7 @@ def equal_flops(
         top_p: nucleus.
         top_k: likeliest tokens to draw from.
         targets: the tier to train from, see `distill`. Measuring needs hidden states or full vocabularies.
+        cross_entropy_share: of the loss on teacher prefixes, for the cross-entropy of their text, see `distill`.
         problems: a problem set with answers to score the student on, see `evaluate`; none if not given.
         limit: the first so many of them.
         samples: answers to each.
@@ -498,6 +516,7 @@ def equal_flops(
 
     study = Study(
         budgets=whole_flops(budgets),
+        student_shares=student_shares,
         mixes=mixes,
         seeds=seeds,
         parts=parts,
@@ -516,6 +535,7 @@ def equal_flops(
         targets=targets,
         questions=questions,
         checkpoint_every=checkpoint_every,
+        cross_entropy_share=cross_entropy_share,
     )
     if plan:
         found = plan_equal_flops(setup, study, flops_per_second=flops_per_second)
@@ -550,12 +570,11 @@ def plan(
         json: print one JSON object.
     """
     from trainer.planning.plan import make_plan
-    from trainer.planning.report import draw_break_even, plan_text
+    from trainer.planning.report import draw_break_even, plan_text, require_plot
     from trainer.planning.study import whole_flops
-    from trainer.report import require_plotting
 
     if plot is not None:
-        require_plotting()
+        require_plot(plot)
     found = make_plan(case, tiers, whole_flops(budgets))
     if plot is not None:
         draw_break_even(found, plot)

@@ -92,6 +92,26 @@ class CurriculumPlan:
         require(self.patience is None or self.patience >= 1, "a patience of at least 1 check", self.patience)
 
 
+def plan_of(
+    lengths: tuple[int, ...], *, floor: str | None, check_every: int | None, patience: int | None
+) -> CurriculumPlan | None:
+    """What a command line asks for; None is not given, and no lengths are no curriculum.
+
+    Raises:
+        UserError: a value that is none of its kind, or one that decides nothing without a curriculum.
+    """
+    given = {"entropy_floor": floor, "check_every": check_every, "patience": patience}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if not lengths:
+        for name in chosen:
+            found, do = "without a curriculum there are no checks", "give --curriculum too, or leave it out"
+            raise UserError(f"--{name.replace('_', '-')}", found, do)
+        return None
+    if floor is not None:
+        chosen["floor"] = parse_floor(chosen.pop("entropy_floor"))
+    return CurriculumPlan(lengths=lengths, **chosen)
+
+
 class Decision(StrEnum):
     """What a check decided."""
 

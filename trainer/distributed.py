@@ -77,9 +77,9 @@ def joined() -> Iterator[Ranks]:
         try:
             yield Ranks(rank=rank, size=size)
         except BaseException as error:
-            if not _is_left_alone(error):
+            if not is_left_alone(error):
                 with suppress(dist.DistError):  # torchrun itself may have ended
-                    store.set(_REASON, f"rank {rank}: {error or type(error).__name__}")
+                    store.set(_REASON, f"rank {rank}: {str(error) or type(error).__name__}")
                 raise
             reason = "it left no reason: was it killed?"
             with suppress(dist.DistError):
@@ -101,9 +101,10 @@ def _launched() -> int:
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
-def _is_left_alone(error: BaseException) -> bool:
+def is_left_alone(error: BaseException) -> bool:
     """Whether a collective failed for want of a partner; gloo has no class of its own for that."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "by peer" in str(error))
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in ("by peer", "Timed out waiting"))
+    return told or isinstance(error, dist.DistError)
 
 
 class Body(nn.Module):

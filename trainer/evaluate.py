@@ -50,6 +50,7 @@ def evaluate(
             sums += field_sums(objective(student.head_over(batch), batch.targets))
             tokens += batch.target_rows
             sequences += len(batch.sequence_lengths)
-            add_evaluation(ledger, student.shape, batch, teacher_head_flops=teacher_head_flops(batch), step=step)
+            projected = teacher_head_flops(batch)
+            add_evaluation(ledger, student.shape, batch, teacher_head_flops=projected, step=step, lora=student.lora)
     means = map(known, (sums[1:] / tokens).tolist())
     return HeldOut(nats=dict(zip(names.values(), means, strict=True)), tokens=tokens, sequences=sequences)

@@ -114,16 +114,7 @@ def distill(
             require_finite("the loss", loss, step, [batch])
             loss.backward()
             sums += batch_sums
-            add_training(
-                ledger,
-                student.shape,
-                batch,
-                teacher_head_flops=0 if objective.cross_entropy_share == 1 else teacher_head_flops(batch),
-                step=step,
-                gradient_checkpointing=student.gradient_checkpointing,
-                head_passes=objective.head_passes,
-                lora=student.lora,
-            )
+            add_batch(ledger, student, objective, batch, step=step)
         for _ in range(size.micro_batches - len(batches)):
             # All ranks gather sharded weights at once: one with fewer micro-batches goes along for nothing.
             (0 * objective.over(student.head_over(batches[0]), batches[0])[0].sum()).backward()
@@ -140,6 +131,7 @@ def distill(
             "grad_norm": grad_norm,
             "learning_rate": optimisation.rate.at(step),
             "forward_weight": objective.forward_weight,
+            "sequences": size.sequences,
             "completion_tokens": size.target_rows,
             "rows": size.tokens,
             "draw_s": drawn_s,
@@ -149,10 +141,24 @@ def distill(
         }
         metrics.write(line)
         on_step(line)
-        if checkpoints is not None and checkpoints.due(step + 1):
+        if checkpoints is not None and checkpoints.due(step + 1, of=optimisation.steps):
             checkpoints.save(step + 1, student.model, optimizer, parts)
     source.close()
     return trained
+
+
+def add_batch(ledger: FlopLedger, student: Student, objective: Objective, batch: Batch, *, step: int) -> None:
+    """What `distill` spends on a micro-batch that is drawn."""
+    add_training(
+        ledger,
+        student.shape,
+        batch,
+        teacher_head_flops=teacher_head_flops(batch),
+        step=step,
+        gradient_checkpointing=student.gradient_checkpointing,
+        cross_entropy_share=objective.cross_entropy_share,
+        lora=student.lora,
+    )
 
 
 def add_other_ranks(ledger: FlopLedger, ranks: Ranks, *, before: Mapping[Phase, int], step: int) -> None:
@@ -197,5 +203,5 @@ def require_finite(what: str, value: Tensor, step: int, batches: Sequence[Batch]
         raise UserError(
             f"{what} of step {step}",
             f"it is {float(value.detach())}, on samples {samples}",
-            "lower --learning-rate, use --precision float32, or look at those samples",
+            "look at those samples, or use a lower --learning-rate or --precision float32 in another --out",
         )

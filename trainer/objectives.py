@@ -47,8 +47,8 @@ class Objective:
             raise UserError("a cross-entropy share of 0 to 1", f"got {share}", "0 is none, 1 is nothing else")
         if not 0 <= self.forward_weight <= 1:
             raise UserError("a forward weight of 0 to 1", f"got {self.forward_weight}", "1 is forward KL, 0 reverse KL")
-        if not self.temperature > 0:
-            raise UserError("a temperature above 0", f"got {self.temperature}", "1 is what the paper uses")
+        if not 0 < self.temperature < math.inf:
+            raise UserError("a finite temperature above 0", f"got {self.temperature}", "1 is what the paper uses")
 
     def __call__(self, student: LinearHead, targets: Targets) -> KLOutput:
         """The divergence of each row; coarse for top-k targets, exact for hidden states and full vocabularies.
@@ -66,11 +66,6 @@ class Objective:
                     found = "sampled targets, which say nothing of it"
                     raise UserError("reverse KL", found, "train from hidden states, or use forward weight 1")
                 return kernels.forward_kl(student, targets, **self._how)
-
-    @property
-    def head_passes(self) -> int:
-        """How often the student's head is gone through: the divergence and the cross-entropy are a pass each."""
-        return 2 if 0 < self.cross_entropy_share < 1 else 1
 
     def names(self, targets: Targets) -> tuple[str, ...]:
         """What `over` sums, as it is called in metrics."""

@@ -22,7 +22,7 @@ from logitcache.scoring import Generator, HiddenStateRequest, Prompt, Sampling, 
 from trainer.batch import Batch, TeacherHead, batches_of
 from trainer.distributed import ALONE, Ranks
 from trainer.flops import FlopLedger, add_rollout, add_scoring
-from trainer.settings import BatchPlan
+from trainer.settings import BatchPlan, Lora
 
 
 class PrefixSource(Protocol):
@@ -131,6 +131,7 @@ class OnPolicyPrefixes:
         prompts: of the training problems only.
         sampling: how the student writes; its seed is replaced at every step by one drawn from `seed` and the step.
         head: the teacher's, on `device`.
+        lora: of adapters that run beside the student's weights when it writes.
     """
 
     generator: Generator
@@ -143,6 +144,7 @@ class OnPolicyPrefixes:
     teacher_shape: ModelShape
     seed: int
     device: torch.device
+    lora: Lora | None = None
     _order: ShuffledOrder = field(init=False)
     _drawn: int = field(default=0, init=False)
 
@@ -167,9 +169,9 @@ class OnPolicyPrefixes:
         ]
         prompt_tokens = [rollout.prompt_tokens for rollout in rollouts]
         new_tokens = [rollout.completion_tokens for rollout in rollouts]
-        add_rollout(ledger, self.student_shape, prompt_tokens, new_tokens, step=step)
+        add_rollout(ledger, self.student_shape, prompt_tokens, new_tokens, step=step, lora=self.lora)
         scored_rows = [len(rollout) - 1 for rollout, times in zip(rollouts, passes, strict=True) for _ in range(times)]
-        add_scoring(ledger, self.teacher_shape, scored_rows, step=step)
+        add_scoring(ledger, self.teacher_shape, scored_rows, step=step, hits=passes.count(0))
         return batches_of(scored, self.head, self.device, self.plan.micro_batch_tokens)
 
     def use_window(self, completion_tokens: int) -> None:

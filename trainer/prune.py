@@ -13,7 +13,6 @@ keeping a first and a last run of layers at their best split: 24 layers 1.00 / 1
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from torch.nn.functional import cosine_similarity
 
 from logitcache.errors import UserError
 from logitcache.records import TokenSequence
+from trainer.runs import new_directory
 from trainer.student import Student
 
 _LAYER = re.compile(r"^(model\.layers\.)(\d+)(\..*)$")
@@ -82,7 +82,7 @@ def pruned_student(teacher_dir: Path, out_dir: Path, *, layers: Sequence[int]) -
         layers: indices of the teacher's layers to keep, ascending.
 
     Raises:
-        UserError: something is there already, or the layers do not exist.
+        UserError: something is there already, the layers do not exist, or it cannot be written.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -91,20 +91,18 @@ def pruned_student(teacher_dir: Path, out_dir: Path, *, layers: Sequence[int]) -
         raise UserError(f"a student in {out_dir}", "something is there already", "choose another place or remove it")
     config = _pruned_config(json.loads((teacher_dir / "config.json").read_text()), layers)
     position = {layer: place for place, layer in enumerate(layers)}
-    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     tensors = {}
     for file in sorted(teacher_dir.glob("*.safetensors")):
         with safe_open(file, framework="pt") as source:
             for name in source.keys():  # noqa: SIM118 (safe_open is no mapping)
                 if (kept := _renamed(name, position)) is not None:
                     tensors[kept] = source.get_tensor(name)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    (partial / "config.json").write_text(json.dumps(config, indent=2))
-    for pattern in _TOKENIZER_FILES:
-        for file in teacher_dir.glob(pattern):
-            shutil.copyfile(file, partial / file.name)
-    partial.rename(out_dir)
+    with new_directory(out_dir) as place:
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+        (place / "config.json").write_text(json.dumps(config, indent=2))
+        for pattern in _TOKENIZER_FILES:
+            for file in teacher_dir.glob(pattern):
+                shutil.copyfile(file, place / file.name)
 
 
 def _pruned_config(config: dict[str, Any], layers: Sequence[int]) -> dict[str, Any]:

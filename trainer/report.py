@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.errors import UserError
-from trainer.runs import write_json
+from trainer.runs import write_json, writing
 
 _PHASES = {
     "teacher_decode": "teacher decode",
@@ -31,9 +31,10 @@ def require_plotting() -> None:
 
 
 def write_report(report: Mapping[str, Any], out: Path) -> None:
-    """Write report.png, report.md and, last, report.json."""
-    draw(report, out / "report.png")
-    (out / "report.md").write_text(markdown(report))
+    """Write report.png, report.md and, last, report.json. Raises UserError if they cannot be written."""
+    with writing(out / "report.md"):
+        draw(report, out / "report.png")
+        (out / "report.md").write_text(markdown(report))
     write_json(out / "report.json", report)
 
 
@@ -96,7 +97,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table for the screen."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join("  ".join(map(str.ljust, line, widths)) for line in lines)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -112,7 +113,7 @@ def _change(value: Mapping[str, float]) -> str:
 def flop_text(flops: float) -> str:
     """FLOPs with the unit that fits."""
     for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if flops >= size:
+        if flops >= 0.9995 * size:  # what would be rounded to 1e+03 of the unit below
             return f"{flops / size:.3g} {unit}"
     return "0" if flops == 0 else f"{flops / 1e6:.3g} MFLOP"
 

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from kernels import LinearHead, selected_log_probs
 from logitcache.errors import UserError
-from logitcache.flops import forward, generate
+from logitcache.flops import head
 from logitcache.records import FinishReason, Origin, SampledTargets, ScoredSequence, TokenSequence
 from logitcache.scoring import Generator, Prompt, Sampling
 from trainer.batch import collate, micro_batches
-from trainer.flops import FlopLedger, Phase
+from trainer.flops import FlopLedger, Phase, add_evaluation, rollout
 from trainer.lora import merged_weights
+from trainer.settings import Lora
 from trainer.student import Student
 
 _BLOCK_TOKENS = 128
@@ -108,6 +109,11 @@ class VLLMRollouts:
         self.engine.engine.apply_model(_repack_head)
         found: list[TokenSequence] = self.engine.generate(prompts, sampling)
         return found
+
+
+def unmerged_adapters(student: Student, generator: Generator) -> Lora | None:
+    """The adapters that this generator runs beside the weights: vLLM is given them merged."""
+    return None if isinstance(generator, VLLMRollouts) else student.lora
 
 
 def load_rollout_engine(student: Student, model_dir: Path, *, sequences: int, tokens: int) -> Any:
@@ -193,11 +199,12 @@ def measure_own_text(
         with torch.no_grad():
             entropy_R, stop_R = _entropy_and_stop_mass(student.head_over(batch), sorted(stop_ids))
         sums += torch.stack([entropy_R.double().sum(), stop_R.double().sum()]).cpu()
-        cost = forward(shape, batch.sequence_lengths, head_rows=batch.target_rows * len(stop_ids))
-        ledger.add(Phase.EVALUATION, cost, step=step)
+        add_evaluation(ledger, shape, batch, teacher_head_flops=0, step=step, lora=student.lora)
+        ledger.add(Phase.EVALUATION, head(shape, batch.target_rows * (len(stop_ids) - 1)), step=step)
     lengths = [sequence.completion_tokens for sequence in written]
-    writing = generate(shape, [sequence.prompt_tokens for sequence in written], lengths)
-    ledger.add(Phase.EVALUATION, sum(writing), step=step)
+    prompt_tokens = [sequence.prompt_tokens for sequence in written]
+    writing = rollout(shape, prompt_tokens, lengths, unmerged_adapters(student, generator))
+    ledger.add(Phase.EVALUATION, writing, step=step)
     tokens = sum(lengths)
     truncated = sum(sequence.finish_reason is FinishReason.LENGTH for sequence in written)
     return OwnText(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -38,7 +39,9 @@ class Optimisation:
         learning_rate: after the warm-up.
         warmup_steps: the first steps, over which it rises linearly.
         decay: what follows the warm-up.
+        weight_decay: decoupled: times the learning rate, of every weight.
         max_grad_norm: the gradient's 2-norm is clipped to it.
+        betas: decay rates of the first and the second moment.
     """
 
     steps: int
@@ -51,6 +54,9 @@ class Optimisation:
 
     def __post_init__(self) -> None:
         _ = self.rate  # valid once built
+        require(0 <= self.weight_decay < math.inf, "--weight-decay, 0 or above", self.weight_decay)
+        require(0 < self.max_grad_norm < math.inf, "--max-grad-norm, above 0", self.max_grad_norm)
+        require(all(0 <= beta < 1 for beta in self.betas), "--betas, 0 to below 1", self.betas)
 
     @property
     def rate(self) -> LearningRate:
@@ -112,6 +118,9 @@ class Training:
         learning_rate: of AdamW, after a linear warm-up over `warmup_steps`.
         warmup_steps: steps until the learning rate is reached.
         schedule: what the learning rate does after them: constant or cosine (to 0).
+        weight_decay: of AdamW, times the learning rate.
+        max_grad_norm: the gradient's 2-norm is clipped to it.
+        betas: of AdamW.
         weighting: what counts equally in a step's loss: every token or every sequence.
         gradient_checkpointing: keep the layers' inputs alone and run each layer again in the backward pass: less memory
             for about a third more FLOPs.
@@ -133,6 +142,9 @@ class Training:
     learning_rate: float = 1e-4
     warmup_steps: int = 2
     schedule: Decay = Decay.CONSTANT
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
     weighting: Weighting = Weighting.TOKEN
     gradient_checkpointing: bool = False
     kl_temperature: float = 1.0
@@ -153,6 +165,11 @@ class Training:
                 raise UserError(f"{option} {getattr(self, name)}", "it is below 1", "ask for at least 1")
         if not 0 < self.held_out_share < 1:
             raise UserError(f"--held-out-share {self.held_out_share}", "not between 0 and 1", "try 0.2")
+        require(self.seed >= 0, "--seed, 0 or above", self.seed)
+        if self.lora_rank is None:
+            for name, value, default in (("alpha", self.lora_alpha, None), ("matrices", self.lora_matrices, ADAPTED)):
+                if value != default:
+                    raise UserError(f"--lora-{name}", "there are no adapters", "give --lora-rank too, or leave it out")
         _ = self.optimisation, self.lora  # valid once built
 
     @property
@@ -178,4 +195,7 @@ class Training:
             learning_rate=self.learning_rate,
             warmup_steps=min(self.warmup_steps, self.steps),
             decay=self.schedule,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            betas=self.betas,
         )

@@ -7,7 +7,7 @@ tensor arises here; sequences are packed, so no FLOP goes to padding; what is sa
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from kernels import LinearHead
+from kernels import LinearHead, selected_log_probs
 from logitcache.console import quiet_transformers
 from logitcache.errors import UserError
 from logitcache.flops import ModelShape
@@ -25,7 +26,8 @@ from trainer.batch import Batch
 from trainer.distributed import ALONE, Body, Ranks, shard
 from trainer.lora import adapt, merged_weights
 from trainer.packing import packed_sequences
-from trainer.settings import Lora
+from trainer.runs import new_directory
+from trainer.settings import Backend, Lora
 
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -121,16 +123,51 @@ class Student:
         return self if ranks.size == 1 else replace(self, ranks=ranks, body=shard(self.model, ranks))
 
     def save(self, directory: Path) -> None:
-        """Write model and tokenizer to a new directory, which appears whole or not at all. All ranks call it."""
+        """Write model and tokenizer to a new directory, which appears whole or not at all. All ranks call it.
+
+        Raises:
+            UserError: it cannot be written (a full disk).
+        """
         weights = None
         if self.lora is not None or self.ranks.size > 1:
             weights = merged_weights(self.model, self.ranks)
         if not self.ranks.first:
             return
-        partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-        self.model.save_pretrained(partial, state_dict=weights)
-        self.tokenizer.save_pretrained(partial)
-        partial.rename(directory)
+        with new_directory(directory) as place:
+            self.model.save_pretrained(place, state_dict=weights)
+            self.tokenizer.save_pretrained(place)
+
+
+def student_config(model_dir: Path) -> dict[str, Any]:
+    """Its `config.json`. Raises UserError if that is damaged."""
+    try:
+        config = json.loads((model_dir / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("its config.json holds no object")
+    except (OSError, ValueError) as error:
+        raise _not_loaded(model_dir, error) from error
+    return config
+
+
+def require_backend(student: Student, backend: Backend) -> None:
+    """Raise UserError unless this backend of `kernels` serves this student's head on its device."""
+    layer = student.model.get_output_embeddings()
+    hidden = torch.zeros(1, layer.weight.shape[1], dtype=student.precision, device=student.device)
+    head = LinearHead(hidden=hidden, weight=layer.weight.detach(), bias=None, vocab_size=student.vocab_size)
+    try:
+        selected_log_probs(head, torch.zeros(1, dtype=torch.int64, device=student.device), backend=backend)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"--backend {backend}", _first_line(error), "leave it out: it goes by the device") from error
+
+
+def _not_loaded(model_dir: Path, error: Exception) -> UserError:
+    found = f"it cannot be loaded ({_first_line(error)})"
+    return UserError(f"a student in {model_dir}", found, "check the directory, or save the model again")
+
+
+def _first_line(error: Exception) -> str:
+    """What follows can be kilobytes: of transformers, every architecture that it knows."""
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def load_student(
@@ -162,8 +199,8 @@ def load_student(
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"a student in {model_dir}", f"cannot be loaded ({error})", "check the directory") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _not_loaded(model_dir, error) from error
     rows = model.get_output_embeddings().weight.shape[0]
     if rows < vocab_size:
         raise UserError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,17 @@ def random_sequence(number: int, prompt_tokens: int, completion_tokens: int) -> 
         problem_id=f"p{number}",
         finish_reason=FinishReason.GIVEN,
     )
+
+
+@contextmanager
+def room(bytes_: int) -> Iterator[None]:
+    """Within it, a file holds at most so many bytes: to a writer, a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

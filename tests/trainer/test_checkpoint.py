@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from logitcache.errors import UserError
+from logitcache.errors import IdentityError, UserError
+from tests.trainer.conftest import room
 from trainer.batch import TeacherHead
 from trainer.checkpoint import MODEL, OPTIMIZER, STATE, Checkpoints
 from trainer.flops import FlopLedger
@@ -42,7 +42,13 @@ class Stopped(Exception):
 
 
 def train(
-    tiny_dir: Path, reader: Any, head: TeacherHead, out: Path, *, stop_after: int | None = None, every: int = 2
+    tiny_dir: Path,
+    reader: Any,
+    head: TeacherHead,
+    out: Path,
+    *,
+    stop_after: int | None = None,
+    every: int = 2,
 ) -> tuple[Student, FlopLedger, Counter]:
     """Six steps of a student that is not its teacher, from wherever `out` stands."""
     student = load_student(tiny_dir, vocab_size=49_152, precision="float32")
@@ -108,13 +114,8 @@ def test_a_full_disk_leaves_the_last_good_one(tiny_dir: Path, reader: Any, head:
     out = tmp_path / "full"
     with pytest.raises(Stopped):
         train(tiny_dir, reader, head, out, stop_after=2)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
-    try:
-        with pytest.raises(UserError, match="the one of step 2 is good"):
-            train(tiny_dir, reader, head, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with room(1 << 20), pytest.raises(UserError, match="the one of step 2 is good"):
+        train(tiny_dir, reader, head, out)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
     again, *_ = train(tiny_dir, reader, head, out)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters, again.parameters, strict=True))
@@ -130,6 +131,35 @@ def test_a_damaged_checkpoint_is_one_line(
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="it is damaged"):
         train(tiny_dir, reader, head, tmp_path)
+
+
+def test_one_is_written_after_the_last_step(tiny_dir: Path, reader: Any, head: TeacherHead, tmp_path: Path) -> None:
+    """Whatever the interval: what follows the steps can be killed too, and must not repeat them."""
+    train(tiny_dir, reader, head, tmp_path, every=4)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+    *_, counter = train(tiny_dir, reader, head, tmp_path, every=4)
+    assert counter.count == len(lines(tmp_path)) == 6
+
+
+def test_what_it_was_trained_from_is_kept_and_another_is_refused(tmp_path: Path) -> None:
+    mine = {"cache_manifest": "aa", "student": {"name": "s", "fingerprint": "bb"}}
+    model = torch.nn.Linear(2, 2)
+    optimizer, parts = torch.optim.AdamW(model.parameters()), {"counter": Counter()}
+    Checkpoints(directory=tmp_path, every=1, identity=mine).save(1, model, optimizer, parts)
+    saved = model.weight.detach().clone()
+    torch.nn.init.zeros_(model.weight)
+    for other in ({**mine, "cache_manifest": "cc"}, {**mine, "student": {"name": "s", "fingerprint": "cc"}}, None):
+        with pytest.raises(IdentityError, match="it is of another"):
+            Checkpoints(directory=tmp_path, every=1, identity=other).restore(model, optimizer, parts)
+    assert not model.weight.any()
+    assert Checkpoints(directory=tmp_path, every=1, identity=mine).restore(model, optimizer, parts) == 1
+    assert torch.equal(model.weight, saved)
+
+
+def test_what_is_not_named_as_one_is_none(tmp_path: Path) -> None:
+    for name in ("step-00000002", "step-00000004.bad", "step-new"):
+        (tmp_path / name).mkdir()
+    assert Checkpoints(directory=tmp_path, every=1).latest() == 2
 
 
 def test_another_configuration_is_refused_and_named(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from logitcache.scoring import TopKRequest
 from tests.trainer.conftest import VOCAB, ListReader
 from tests.trainer.test_commands import SIZE, built, of_steps, trainer
 from trainer.batch import TeacherHead
-from trainer.distributed import ALONE, Ranks, joined
+from trainer.distributed import ALONE, Ranks, is_left_alone, joined
 from trainer.flops import FlopLedger
 from trainer.loop import distill
 from trainer.objectives import Objective
@@ -35,6 +37,7 @@ from trainer.settings import BatchPlan, Lora, Optimisation, Weighting
 from trainer.student import load_student
 
 CPU = torch.device("cpu")
+REASONS = (UserError("read part 7", "it is damaged", "rebuild it"), MemoryError())
 CASES: dict[str, dict[str, Any]] = {
     "top-k": {"objective": Objective(forward_weight=1.0)},
     # Five sequences one at a time: one rank has a micro-batch more than the other.
@@ -81,38 +84,48 @@ def train(case: str, model_dir: Path, scored: list[ScoredSequence], head: Teache
     student.save(out / "student")
 
 
-def rank_main(rank: int, init: str, port: int, arguments: tuple[Any, ...], out: Path) -> None:
+def rank_main(rank: int, init: str, arguments: tuple[Any, ...], out: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=2)
     for case in CASES:
         model_dir, by_kind, head = arguments
         train(case, model_dir, by_kind[case == "top-k"], head, out / case / "two", Ranks(rank=rank, size=2))
+    impatient = dist.new_group(timeout=timedelta(milliseconds=100))
+    if rank == 0:
+        with pytest.raises(RuntimeError) as waited:
+            dist.all_reduce(torch.zeros(1), group=impatient)
+        assert is_left_alone(waited.value), waited.value
+    dist.barrier()
     dist.destroy_process_group()
-    as_torchrun = {"TORCHELASTIC_RUN_ID": "tests", "RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ.update(as_torchrun | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    try:
-        with joined() as ranks:
-            if rank == 1:
-                raise UserError("read part 7", "it is damaged", "rebuild it")
-            ranks.gathered(torch.zeros(1))
-    except UserError as error:
-        (out / f"reason-{rank}").write_text(str(error))
+
+
+def failing_rank(rank: int, ports: Sequence[int], out: Path) -> None:
+    """Rank 1 raises each of `REASONS` in turn; leaves what rank 0 then says."""
+    as_torchrun = {"TORCHELASTIC_RUN_ID": "tests", "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for number, (port, reason) in enumerate(zip(ports, REASONS, strict=True)):
+        os.environ.update(as_torchrun | {"MASTER_PORT": str(port)})
+        try:
+            with joined() as ranks:
+                if rank == 1:
+                    raise reason
+                ranks.gathered(torch.zeros(1))
+        except (UserError, MemoryError) as error:
+            if rank == 0:
+                (out / f"said-{number}").write_text(str(error))
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(
     tiny_dir: Path, teacher: HFEngine, scored: list[ScoredSequence], head: TeacherHead, tmp_path: Path
 ) -> None:
-    """Losses, gradient norms, FLOPs and saved weights; and when one rank fails, the other one says why."""
+    """Losses, gradient norms, FLOPs and saved weights."""
     request = TopKRequest(max_k=16)
     kept = teacher.score([one.sequence for one in scored], [request])
     top_k = [replace(one, targets=targets) for one, (targets,) in zip(scored, kept, strict=True)]
     by_kind = [scored, top_k]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     arguments = (tiny_dir, by_kind, head)
-    torch.multiprocessing.spawn(rank_main, args=(f"file://{tmp_path}/init", port, arguments, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(rank_main, args=(f"file://{tmp_path}/init", arguments, tmp_path), nprocs=2)
     for case in CASES:
         one, two = tmp_path / case / "one", tmp_path / case / "two"
         train(case, tiny_dir, by_kind[case == "top-k"], head, one, ALONE)
@@ -121,8 +134,19 @@ def test_two_ranks_take_the_steps_of_one(
         ledgers = [json.loads((place / "ledger.json").read_text()) for place in (one, two, two / "other-rank")]
         assert ledgers[0] == ledgers[1] == ledgers[2]
         same_weights(one / "student", two / "student")
-    assert "read part 7: it is damaged" in (tmp_path / "reason-1").read_text()
-    assert "another rank has ended (rank 1: read part 7" in (tmp_path / "reason-0").read_text()
+
+
+@pytest.mark.slow
+def test_the_other_ranks_end_with_a_failed_ones_reason(tmp_path: Path) -> None:
+    with socket.socket() as one, socket.socket() as two:
+        ports = []
+        for free in (one, two):
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    torch.multiprocessing.spawn(failing_rank, args=(ports, tmp_path), nprocs=2)
+    said = [(tmp_path / f"said-{number}").read_text() for number in range(2)]
+    assert "another rank has ended (rank 1: read part 7: it is damaged; rebuild it)" in said[0]
+    assert "another rank has ended (rank 1: MemoryError)" in said[1]
 
 
 def same_to_rounding(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:

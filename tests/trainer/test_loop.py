@@ -153,14 +153,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(
     items = [spoiled if number == 5 else item for number, item in enumerate(scored)]
     # Alone in its micro-batch, it alone is named.
     untouched = [parameter.clone() for parameter in other.parameters]
+
+    def after_step(_: dict[str, Any]) -> None:
+        untouched[:] = [parameter.clone() for parameter in other.parameters]
+
     with pytest.raises(UserError, match=scored[5].sequence.sample_id) as error:
-        train(other, type(reader)(items), head, tmp_path, steps=2, micro_batch_tokens=1)
+        train(other, type(reader)(items), head, tmp_path, steps=2, micro_batch_tokens=1, on_step=after_step)
     assert error.value.asked.startswith("the loss of step ")
-    done = len(lines(tmp_path))
-    assert done == int(error.value.asked.removeprefix("the loss of step "))
-    if done == 0:
-        assert all(torch.equal(a, b) for a, b in zip(untouched, other.parameters, strict=True))
-    assert all(torch.isfinite(parameter).all() for parameter in other.parameters)
+    assert len(lines(tmp_path)) == int(error.value.asked.removeprefix("the loss of step "))
+    assert all(torch.equal(a, b) for a, b in zip(untouched, other.parameters, strict=True))
 
 
 def test_a_source_that_ends_ends_the_training(other: Student, reader: Any, head: TeacherHead, tmp_path: Path) -> None:

@@ -179,4 +179,3 @@ def test_without_a_share_the_divergence_alone_is_computed(student: LinearHead, l
     loss_R, sums = objective.over(student, replace(batch, next_ids=ids + 1000))  # which would be out of range
     assert torch.equal(loss_R, objective(student, batch.targets).loss)
     assert len(sums) == len(objective.names(batch.targets)) == 5
-    assert objective.head_passes == 1

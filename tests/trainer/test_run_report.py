@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from logitcache.errors import UserError
-from trainer.recipes.report import read_run, run_report, runs_table
+from trainer.recipes.report import read_run, run_facts, run_report, runs_table
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:
@@ -61,7 +61,8 @@ def test_a_run_going_on_is_shown_as_far_as_it_came(rest: str, tmp_path: Path) ->
         metrics.write(rest)
     log = read_run(run)
     assert [one["step"] for one in log.lines] == [0, 1]
-    row = dict(zip(*[runs_table([log])[0], runs_table([log])[1][0]], strict=True))
+    header, (cells,) = runs_table([run_facts(log)])
+    row = dict(zip(header, cells, strict=True))
     assert row["steps"] == "2 of 4"
     assert (row["loss"], row["tokens/s"], row["data wait"], row["FLOPs"]) == ("1.5", "200", "1.0%", "2 TFLOP")
     assert row["reverse KL"] == "3"  # what is null stays out of the mean
@@ -74,7 +75,7 @@ def test_inexact_and_exact_numbers_never_share_a_column(ending: str, tmp_path: P
         read_run(write(tmp_path / "exact", [exact(step) for step in range(4)], result=held_out)),
         read_run(write(tmp_path / "inexact", [inexact(step, ending) for step in range(4)])),
     ]
-    header, rows = runs_table(logs)
+    header, rows = runs_table([run_facts(log) for log in logs])
     for title in ("loss", "forward KL", "reverse KL"):
         assert [row[header.index(title)] == "" for row in rows] == [False, True]
         assert [row[header.index(f"{title} ({ending})")] == "" for row in rows] == [True, False]

@@ -34,7 +34,7 @@ GET_TRL = (
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much of it: problems in the cache, a step's sequences, window, layers, rounds, steps of a peer's round."""
+    """How much of it: problems, a step's sequences, window, layers, rounds, steps of a peer's round and of waiting."""
 
     problems: int
     sequences: int
@@ -42,10 +42,11 @@ class Size:
     layers: int
     rounds: int
     steps: int
+    waiting_steps: int
 
 
-FULL = Size(problems=48, sequences=16, window=96, layers=20, rounds=4, steps=2)
-QUICK = Size(problems=32, sequences=4, window=16, layers=2, rounds=1, steps=2)
+FULL = Size(problems=48, sequences=16, window=96, layers=20, rounds=4, steps=2, waiting_steps=20)
+QUICK = Size(problems=32, sequences=4, window=16, layers=2, rounds=1, steps=2, waiting_steps=4)
 
 
 def main() -> None:
@@ -68,11 +69,21 @@ def main() -> None:
         goals=[
             at_most("step from the top-k tier over a cross-entropy step", 1.05, step["topk_over_ce"], "times"),
             at_most(
+                "step from the top-k tier over a fused cross-entropy step",
+                1.05, step["topk_over_fused_ce"], "times",
+            ),
+            at_most(
                 "step from the hidden tier over a cross-entropy step and the head's products",
                 1.05, step["hidden_over_ce_and_head"], "times",
             ),
+            at_most(
+                "step from the hidden tier over a fused cross-entropy step and the head's products",
+                1.05, step["hidden_over_fused_ce_and_head"], "times",
+            ),
             at_most("share of a step spent waiting for data", 0.02, wait["share"], "of the step"),
             *_peer_goals(peers),
+            at_most("rollouts with a growing cache over a static one", 1, 1 / rollouts["static_over_dynamic"], "times"),
+            at_most("rollouts with a growing cache over a paged one", 1, 1 / rollouts["paged_over_dynamic"], "times"),
         ],
     )  # fmt: skip
 
@@ -107,8 +118,8 @@ def _peers(work: Path, size: Size) -> dict[str, Any]:
 
 def _data_wait(work: Path, size: Size) -> dict[str, Any]:
     """Of a real run from the command line, its first step left out: seconds of each, and of them waiting for text."""
-    out, steps = work / "run", size.steps + 2
-    shape = ["--steps", str(steps), "--sequences", str(size.sequences), "--window", str(size.window)]
+    out = work / "run"
+    shape = ["--steps", str(size.waiting_steps + 1), "--sequences", str(size.sequences), "--window", str(size.window)]
     _run("trainer.cli", "distill", str(work / "cache"), "--student", str(work / "student"), "--out", str(out), *shape)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
     shutil.rmtree(out)

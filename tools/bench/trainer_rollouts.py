@@ -2,9 +2,9 @@
 
 python -m tools.bench.trainer_rollouts WORK SEQUENCES WINDOW ROUNDS
 
-`dynamic` and `static` are transformers' own generate over one and the same bfloat16 model, every completion at full
-length; `copy` and `autocast` are ours, with a copy cast once a call and with float32 weights cast at every token.
-Its paged cache (`generate_batch`) is for GPUs and is left out.
+`dynamic`, `static` and `paged` are transformers' own generate (for the last, `generate_batch`) over one and the same
+bfloat16 model, every completion at full length; `copy` and `autocast` are ours, with a copy cast once a call and with
+float32 weights cast at every token.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from logitcache.scorers.hf import engine_for
 from logitcache.scoring import Prompt, Sampling
 from tools.bench.timing import interleaved
 from trainer.rollouts import student_generator
 from trainer.student import load_student
+
+PAGE = 32
+"""Tokens of a page."""
 
 
 def main() -> None:
@@ -46,15 +49,26 @@ def main() -> None:
         how = {"do_sample": True, "top_p": 0.95, "top_k": 20, "max_new_tokens": window, "min_new_tokens": window}
         plain.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation=kind, **how)
 
+    def paged() -> None:
+        """Room for exactly this batch: left to itself, it takes most of the memory there is."""
+        length = max(len(prompt) for prompt in ids.tolist()) + window
+        blocks = ContinuousBatchingConfig(
+            num_blocks=len(ids) * -(-length // PAGE) + 1, max_batch_tokens=ids.numel(), page_size=PAGE
+        )
+        how = GenerationConfig(do_sample=True, top_p=0.95, top_k=20, max_new_tokens=window, eos_token_id=-1)
+        written = plain.generate_batch(ids.tolist(), generation_config=how, continuous_batching_config=blocks)
+        assert all(len(one.generated_tokens) == window for one in written.values())
+
     subjects: dict[str, Callable[[], object]] = {
         "dynamic": lambda: generate("dynamic"),
         "static": lambda: generate("static"),
+        "paged": paged,
         "copy": lambda: copied.generate(prompts, sampling),
         "autocast": lambda: autocast.generate(prompts, sampling),
     }
     seconds = interleaved(subjects, rounds)
     result: dict[str, object] = {f"{name}_s": kept for name, kept in seconds.items()}
-    for name, over in (("static", "dynamic"), ("copy", "autocast")):
+    for name, over in (("static", "dynamic"), ("paged", "dynamic"), ("copy", "autocast")):
         pairs = zip(seconds[name], seconds[over], strict=True)
         result[f"{name}_over_{over}"] = median(one / other for one, other in pairs)
     print(json.dumps(result))

@@ -106,5 +106,11 @@ def show_step(progress: Progress, line: dict[str, Any]) -> None:
         for name, value in line.items()
         if "_nats" in name and name != "teacher_entropy_nats"
     }
-    progress.show(**values, tokens_per_s=f"{line['completion_tokens'] / line['step_s']:.0f}")
+    tokens = line["completion_tokens"]
+    progress.show(
+        **values,
+        length=f"{tokens / line['sequences']:.0f}",
+        tokens_per_s=f"{tokens / line['step_s']:.0f}",
+        flops=f"{line['flops']:.3g}",
+    )
     progress.add()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from logitcache.errors import UserError
 from logitcache.flops import ModelShape
-from logitcache.identity import require_same_teacher, resolve_model, tokenizer_fingerprint
+from logitcache.identity import require_same_teacher, resolve_model, tokenizer_fingerprint, weights_fingerprint
 from logitcache.scoring import Generator, Prompt, Sampling
 from logitcache.store import Reader, open_cache
 from logitcache.store.opening import SERVED, tier_named
@@ -24,10 +24,17 @@ from trainer.batch import Batch, TeacherHead, batches_of, teacher_head
 from trainer.distributed import ALONE, Ranks
 from trainer.prefixes import CachedPrefixes, OnPolicyPrefixes, prompts_of
 from trainer.provenance import commit, device_name, versions
-from trainer.rollouts import VLLMRollouts, load_rollout_engine, reconciled_stop_ids, stops_used, student_generator
+from trainer.rollouts import (
+    VLLMRollouts,
+    load_rollout_engine,
+    reconciled_stop_ids,
+    stops_used,
+    student_generator,
+    unmerged_adapters,
+)
 from trainer.settings import BatchPlan, Training
 from trainer.split import Split, split_by_problem
-from trainer.student import Student, load_student
+from trainer.student import Student, load_student, require_backend, student_config
 
 if TYPE_CHECKING:
     from logitcache.service.scorer import ServedScorer
@@ -37,6 +44,8 @@ StudentEngine = Literal["transformers", "vllm"]
 KINDS = ("hidden", "full", "topk", "sampled")
 """Kinds of tiers, the one that says most first."""
 EXACT = ("hidden", "full")
+IDENTITY = ("cache_manifest", "student")
+"""Entries of a configuration that a checkpoint keeps too: what it was trained from."""
 STOPS_FROM = 1000
 """Cached completions that a teacher's stop tokens are read off."""
 
@@ -70,7 +79,7 @@ class CacheData:
     @property
     def build_flops(self) -> int:
         """What generating and scoring the cache cost."""
-        return int(sum(self.reader.manifest.flops.values()))
+        return sum(self.reader.manifest.flops.values())
 
     @property
     def teacher_name(self) -> str:
@@ -109,6 +118,7 @@ def open_data(cache_url: str, student_dir: Path, training: Training, *, targets:
         IdentityError: the student has another tokenizer.
         UserError: no such cache, tier or student, or too few problems to hold some out.
     """
+    student_config(student_dir)
     tokens = open_cache(cache_url, targets=None, tokenizer=_tokenizer_fingerprint(student_dir))
     manifest = tokens.manifest
     # The same manifest for all: a cache that is sealed anew meanwhile must not be read at two states.
@@ -145,13 +155,13 @@ def best_tier(reader: Reader, kinds: Sequence[str], url: str) -> str:
 def configuration(
     command: str, data: CacheData, student_dir: Path, training: Training, sampling: Sampling
 ) -> dict[str, Any]:
-    """What every recipe writes into its `config.json` before it starts."""
+    """What every recipe writes into its `config.json` before it starts. Reads the student's weights file."""
     return {
         "command": command,
         "cache_manifest": data.reader.manifest.digest,
         "targets": data.reader.tier,
         "measured_on": data.measured.tier,
-        "student": student_dir.name,
+        "student": {"name": student_dir.name, "fingerprint": weights_fingerprint(student_dir)},
         "training": asdict(training),
         "sampling": asdict(sampling),
         "versions": versions(),
@@ -161,14 +171,17 @@ def configuration(
 
 
 def open_student(data: CacheData, student_dir: Path, training: Training) -> Student:
-    """The student before its first step."""
-    return load_student(
+    """The student before its first step. Raises UserError as `load_student` and `require_backend` do."""
+    student = load_student(
         student_dir,
         vocab_size=data.vocab_size,
         precision=training.precision,
         gradient_checkpointing=training.gradient_checkpointing,
         lora=training.lora,
     )
+    if training.backend is not None:
+        require_backend(student, training.backend)
+    return student
 
 
 def require_teacher(teacher: str, data: CacheData) -> None:
@@ -187,6 +200,29 @@ def require_window(asked: str, window: int, data: CacheData) -> None:
     written = data.reader.identity["sampling"]["max_new_tokens"]
     if window > written:
         raise UserError(asked, f"completions of at most {written} tokens in the cache", f"ask for {written} at most")
+
+
+def require_warmup(training: Training) -> None:
+    """Raise UserError for a warm-up longer than the run; the default one is cut to it."""
+    if training.warmup_steps > max(training.steps, Training.warmup_steps):
+        found = f"the run has {training.steps} steps"
+        raise UserError(f"--warmup-steps {training.warmup_steps}", found, "ask for as many at most")
+
+
+def require_fits(data: CacheData, student_dir: Path, training: Training, *, writes: bool) -> None:
+    """Raise UserError unless the student's context holds the longest sequence that it will be trained on.
+
+    `writes` is whether the student writes any of the text: it may fill the window, whatever the cache's text does.
+    """
+    context = student_config(student_dir).get("max_position_embeddings")
+    if context is None:
+        return
+    lengths = data.reader.samples(["prompt_tokens", "completion_tokens"])
+    prompts, completions = (column.to_numpy() for column in lengths.columns)
+    longest = int((prompts + (training.window if writes else completions.clip(max=training.window))).max())
+    if longest > context:
+        found = f"with their prompts up to {longest} tokens, of which the student's context holds {context}"
+        raise UserError(f"sequences of a window of {training.window}", found, "choose a shorter --window")
 
 
 def load_live_teacher(teacher: str, data: CacheData) -> LiveTeacher:
@@ -292,6 +328,7 @@ def on_policy_source(
         teacher_shape=teacher.shape,
         seed=training.seed,
         device=student.device,
+        lora=unmerged_adapters(student, generator),
     )
 
 

@@ -24,6 +24,7 @@ from trainer.prefixes import MixedPrefixes, PrefixSource, shares
 from trainer.recipes.cells import CellRun, flops_of, run_cell, show_step
 from trainer.recipes.data import (
     EXACT,
+    IDENTITY,
     CacheData,
     LiveTeacher,
     StudentEngine,
@@ -36,7 +37,9 @@ from trainer.recipes.data import (
     on_policy_source,
     open_data,
     open_student,
+    require_fits,
     require_teacher,
+    require_warmup,
     require_window,
     student_vllm_engine,
     student_writer,
@@ -56,29 +59,35 @@ class Distillation:
     Attributes:
         prefix: who writes the text; `teacher` trains from the cache alone.
         weights: of forward KL over the steps: 1 forward KL, 0 reverse KL.
-        teacher: the model that built the cache; needed for student and mixed prefixes, unused otherwise.
+        teacher: the model that built the cache; for student and mixed prefixes.
         targets: the tier to train on; None for the one that says most. Student prefixes are scored live, exactly.
-        student_share: mixed prefixes: of each step's sequences.
-        generator: the engine that the student writes with, if it writes at all.
+        student_share: mixed prefixes: of each step's sequences; None for half of them.
+        generator: the engine that the student writes with, if it writes at all; None for transformers.
         curriculum: in place of the training's window, which becomes the ladder's longest; held-out numbers are taken up
             to that.
         cross_entropy_share: of the loss, see `Objective`; teacher prefixes only.
 
     Raises:
-        UserError: values that do not go together.
+        UserError: values that do not go together, or that decide nothing here.
     """
 
     prefix: Prefix
     weights: WeightSchedule
     teacher: str | None = None
     targets: str | None = None
-    student_share: float = 0.5
-    generator: StudentEngine = "transformers"
+    student_share: float | None = None
+    generator: StudentEngine | None = None
     curriculum: CurriculumPlan | None = None
     cross_entropy_share: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.student_share is not None and self.prefix is not Prefix.MIXED:
+            raise UserError("--student-share", f"{self.prefix} prefixes share nothing", "leave it out, or mix them")
+        if self.generator is not None and self.written_by is None:
+            raise UserError("--generator", "on teacher prefixes the student writes nothing", "leave it out")
         if self.prefix is Prefix.TEACHER:
+            if self.teacher is not None:
+                raise UserError("--teacher", "teacher prefixes come from the cache, without it", "leave it out")
             return
         if self.teacher is None:
             raise UserError(f"{self.prefix} prefixes", "no teacher to score them", "name it with --teacher")
@@ -90,7 +99,12 @@ class Distillation:
     @property
     def written_by(self) -> StudentEngine | None:
         """The engine that the student writes with; None if it writes nothing, neither to learn nor to be checked."""
-        return None if self.prefix is Prefix.TEACHER and self.curriculum is None else self.generator
+        return None if self.prefix is Prefix.TEACHER and self.curriculum is None else self.generator or "transformers"
+
+    @property
+    def own_share(self) -> float:
+        """Of mixed prefixes: the student's."""
+        return 0.5 if self.student_share is None else self.student_share
 
     def objective(self, training: Training) -> Objective:
         """What is minimised at the first step."""
@@ -106,19 +120,20 @@ class Distillation:
         return {
             "prefix": str(self.prefix),
             "forward_weight": str(self.weights),
-            "student_share": self.student_share if self.prefix is Prefix.MIXED else None,
+            "student_share": self.own_share if self.prefix is Prefix.MIXED else None,
             "generator": self.written_by,
             "curriculum": None if self.curriculum is None else asdict(self.curriculum),
         }
 
     def require_trainable(self, training: Training, ranks: Ranks) -> None:
         """Raise UserError for what this machine or these settings cannot do."""
+        require_warmup(training)
         if self.written_by == "vllm":
             from logitcache.scorers.vllm_load import require_vllm
 
             require_vllm()
         if self.prefix is Prefix.MIXED:
-            shares(training.plan, self.student_share)
+            shares(training.plan, self.own_share)
         if self.written_by is not None and ranks.size > 1:
             found = "on each of them the student would write with the whole of its weights"
             raise UserError(f"student-written text on {ranks.size} ranks", found, "train from the cache, or on one")
@@ -138,6 +153,9 @@ class Distillation:
             found = f"{data.kind} targets of the cache, which no metric may mix with the teacher's exact ones"
             raise UserError("mixed prefixes", found, "train from hidden states or full vocabularies")
         note(f"targets: tier {data.reader.tier} ({data.kind}); measured on tier {data.measured.tier}")
+        if data.kind == "topk" and min(self.weights.start, self.weights.end) < 1:
+            bound = "a lower bound, blind to how the student spreads its mass over tokens that were not kept"
+            note(f"warning: reverse KL of top-k targets is {bound} (docs/objectives.md); hidden states are exact")
 
 
 def run_distill(
@@ -180,13 +198,16 @@ def run_distill(
     checkpoints = Checkpoints(directory=out / "checkpoints", every=checkpoint_every, keep=keep, ranks=ranks)
     data = open_data(cache_url, student_dir, training, targets=distillation.targets)
     distillation.require_served(training, data)
+    require_fits(data, student_dir, training, writes=distillation.written_by is not None)
     student = open_student(data, student_dir, training)
+    held_out = held_out_batches(data, student, training)
     live = None
     if distillation.prefix is not Prefix.TEACHER and teacher is not None:
         require_teacher(teacher, data)
         live = load_live_teacher(teacher, data)
     config = configuration("distill", data, student_dir, training, sampling)
     config |= {**distillation.config(), "objective": asdict(objective), "ranks": ranks.size}
+    checkpoints = replace(checkpoints, identity={name: config[name] for name in IDENTITY})
     if ranks.agreed(ranks.first and open_run(out, config)):
         if (out / "result.json").exists():
             note(f"{out} is done already")
@@ -195,7 +216,6 @@ def run_distill(
         note(f"going on after step {checkpoints.latest() or 0}")
         if ranks.first:
             remove_leftovers(out)
-    held_out = held_out_batches(data, student, training)
     before = _measured_before(student, held_out, training, out / "start.json", ranks)
     first = checkpoints.latest() or 0
     with ExitStack() as stack:
@@ -271,7 +291,7 @@ def _source(
         return cached_source(data, student, training, ranks=ranks)
     if distillation.prefix is Prefix.STUDENT:
         return on_policy_source(data, student, training, live, sampling, generator=writer.generator)
-    cached, own = shares(training.plan, distillation.student_share)
+    cached, own = shares(training.plan, distillation.own_share)
     return MixedPrefixes(
         teacher=cached_source(data, student, training, cached),
         student=on_policy_source(data, student, training, live, sampling, generator=writer.generator, plan=own),

@@ -20,6 +20,7 @@ from typing import Any
 from logitcache.console import Progress, note
 from logitcache.errors import UserError
 from logitcache.scoring import Sampling
+from trainer.batch import Batch
 from trainer.checkpoint import Checkpoints
 from trainer.distributed import require_alone
 from trainer.evaluate import HeldOut, evaluate
@@ -29,6 +30,7 @@ from trainer.prefixes import PrefixSource
 from trainer.recipes.cells import CellRun, flops_of, run_cell, show_step
 from trainer.recipes.data import (
     EXACT,
+    IDENTITY,
     CacheData,
     LiveTeacher,
     StudentEngine,
@@ -40,7 +42,9 @@ from trainer.recipes.data import (
     on_policy_source,
     open_data,
     open_student,
+    require_fits,
     require_teacher,
+    require_warmup,
     require_window,
     student_vllm_engine,
     student_writer,
@@ -89,6 +93,7 @@ def run_grid(
     started = time.perf_counter()
     require_alone("grid")
     require_plotting()
+    require_warmup(training)
     if generator == "vllm":
         from logitcache.scorers.vllm_load import require_vllm
 
@@ -112,6 +117,9 @@ def run_grid(
         require_served(objective, data.kind)
     require_teacher(teacher, data)
     require_window(f"--window {training.window}", training.window, data)
+    require_fits(data, student_dir, training, writes=True)
+    student = open_student(data, student_dir, training)
+    held_out = held_out_batches(data, student, training)
     config = {
         **configuration("grid", data, student_dir, training, sampling),
         "students": students,
@@ -138,8 +146,11 @@ def run_grid(
             out=out,
             progress=progress,
             objectives=objectives,
+            identity={name: config[name] for name in IDENTITY},
+            held_out=held_out,
         )
-        grid.measure_start()
+        grid.measure_start(student)
+        del student  # every cell has its own
         with closing(grid):
             for prefix in (Prefix.TEACHER, Prefix.STUDENT):
                 for divergence in objectives:
@@ -175,25 +186,27 @@ class _Grid:
     out: Path
     progress: Progress
     objectives: Mapping[str, Objective]
+    identity: dict[str, Any]
+    held_out: list[Batch]
     cells: list[dict[str, Any]] = field(default_factory=list)
     before: HeldOut | None = None
     parameters: int = 0
     vllm_engine: Any = None
 
-    def measure_start(self) -> None:
+    def measure_start(self, student: Student) -> None:
         """Evaluate the student that all cells start from."""
         note("measuring the student before training")
-        student = self._student()
         self.parameters = sum(parameter.numel() for parameter in student.parameters)
-        held_out = held_out_batches(self.data, student, self.training)
-        self.before = evaluate(student, held_out, FlopLedger(), step=0, backend=self.training.backend)
+        self.before = evaluate(student, self.held_out, FlopLedger(), step=0, backend=self.training.backend)
 
     def run(self, prefix: Prefix, divergence: str) -> None:
         """Train and measure one cell, unless it is done."""
         note(f"cell {len(self.cells) + 1} of {2 * len(self.objectives)}: {prefix} prefix, {divergence} KL")
         directory = self.out / "cells" / f"{prefix}-{divergence}"
         directory.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(directory=directory / "checkpoints", every=self.checkpoint_every, keep=1)
+        checkpoints = Checkpoints(
+            directory=directory / "checkpoints", every=self.checkpoint_every, keep=1, identity=self.identity
+        )
         result = directory / "result.json"
         if result.exists():
             self.progress.add(self.training.steps)
@@ -211,7 +224,7 @@ class _Grid:
             source=self._source(prefix, student),
             objective=self.objectives[divergence],
             training=self.training,
-            held_out=held_out_batches(self.data, student, self.training),
+            held_out=self.held_out,
             before=self.before,
             run=CellRun(
                 directory=checkpoints.directory.parent,

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from logitcache.flops import generate
 from logitcache.problems import Problem
 from logitcache.prompts import PromptStyle, render_prompts
 from logitcache.records import FinishReason
 from logitcache.scoring import Generator, Sampling
 from trainer.answers import AnswerChecker, Verdict
-from trainer.flops import FlopLedger, Phase
+from trainer.flops import FlopLedger, Phase, rollout
+from trainer.rollouts import unmerged_adapters
 from trainer.scores import avg_at_k, pass_at_k
 from trainer.student import Student
 
@@ -48,7 +48,8 @@ class Quiz:
         ]
         correct_PN = np.array([verdict is Verdict.CORRECT for verdict in verdicts]).reshape(-1, samples)
         lengths = [one.completion_tokens for one in written]
-        cost = sum(generate(student.shape, [one.prompt_tokens for one in written], lengths))
+        prompt_tokens = [one.prompt_tokens for one in written]
+        cost = rollout(student.shape, prompt_tokens, lengths, unmerged_adapters(student, generator))
         ledger.add(Phase.EVALUATION, cost, step=step)
         return {
             f"avg_at_{samples}": float(avg_at_k(correct_PN, samples).mean()),

@@ -8,7 +8,7 @@ numbers from top-k targets (`..._coarse`) or samples (`..._sampled`) never share
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -16,6 +16,7 @@ from typing import Any
 
 from logitcache.errors import UserError
 from trainer.report import COLOURS, flop_text, markdown_table, new_figure, require_plotting, text_table
+from trainer.runs import writing
 
 LAST_STEPS = 10
 """A run's value in the table is the mean over its last steps, of which there are at most this many."""
@@ -42,6 +43,8 @@ _PANELS = {
 _IN_TABLE = ("reward_mean", "loss", "forward_kl", "reverse_kl", "student_entropy", "own_entropy")
 _ENDINGS = ("", "_coarse", "_sampled")
 """Exact; of top-k targets; estimated from samples (`trainer.objectives`)."""
+_MEASURED = tuple(base + ending for base in _IN_TABLE for ending in _ENDINGS)
+_HELD_OUT = tuple(base + ending for base in ("forward_kl", "reverse_kl", "student_entropy") for ending in _ENDINGS)
 _STYLES = ("-", "--", ":")
 
 
@@ -70,20 +73,23 @@ def run_report(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     """Write `OUT.md` and `OUT.png` of these runs, each the directory of one run or of a grid.
 
     Returns:
-        `{"runs": rows of the table by column, "markdown": path, "plot": path, "table": for the screen}`.
+        `{"runs": the `run_facts` of each, "markdown": path, "plot": path, "table": for the screen}`.
 
     Raises:
-        UserError: no metrics in a directory, a damaged line in the middle of a file, or nothing to draw with.
+        UserError: no metrics in a directory, a damaged line in the middle of a file, nothing to draw with, or
+            nowhere to write.
     """
     require_plotting()
     logs = [read_run(directory) for run in runs for directory in _directories(run)]
-    header, rows = runs_table(logs)
+    facts = [run_facts(log) for log in logs]
+    header, rows = runs_table(facts)
     plot, text = out.with_suffix(".png"), out.with_suffix(".md")
-    draw_curves(logs, plot)
     note = f"Means over the last {LAST_STEPS} steps. Coarse: of top-k targets, lower bounds. Sampled: estimates."
-    text.write_text(f"# Runs\n\n{markdown_table(header, rows)}\n\n{note}\n\n![curves]({plot.name})\n")
+    with writing(text):
+        draw_curves(logs, plot)
+        text.write_text(f"# Runs\n\n{markdown_table(header, rows)}\n\n{note}\n\n![curves]({plot.name})\n")
     return {
-        "runs": [dict(zip(header, row, strict=True)) for row in rows],
+        "runs": facts,
         "markdown": str(text),
         "plot": str(plot),
         "table": text_table(header, rows),
@@ -139,19 +145,40 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def runs_table(logs: Sequence[RunLog]) -> tuple[list[str], list[list[str]]]:
-    """Header and a row for each run; a column that no run has anything for is left out."""
-    columns = {"run": [log.name for log in logs], "steps": [_steps(log) for log in logs]}
-    for base in _IN_TABLE:
-        for ending in _ENDINGS:
-            columns[_title(base + ending)] = [_last(log, base + ending) for log in logs]
-    columns["window"] = [_shown(log.series("window")[-1:], "{:.0f}", median) for log in logs]
-    for name in ("forward_kl", "reverse_kl", "student_entropy"):
-        for ending in _ENDINGS:
-            columns[f"held-out {_title(name + ending)}"] = [_held_out(log, f"{name}_nats{ending}") for log in logs]
-    columns["tokens/s"] = [_shown(log.series("tokens_per_s"), "{:.0f}", median) for log in logs]
-    columns["data wait"] = [_wait(log) for log in logs]
-    columns["FLOPs"] = [flop_text(log.lines[-1]["flops"]) if log.lines else "" for log in logs]
+def run_facts(log: RunLog) -> dict[str, Any]:
+    """What a run has come to, in numbers.
+
+    Returns:
+        Steps, done and `steps_planned`; `last_steps`, means over the newest ones; `window`, tokens; `held_out`, before
+        and after; `tokens_per_s`, the median; `data_wait_share` of the time; `flops`. None for what is not known.
+    """
+    held_out = (log.result or {}).get("held_out") or {}
+    values = {name: [value for _, _, value in log.series(name)] for name in [*_MEASURED, "window", "tokens_per_s"]}
+    seconds = sum(line["step_s"] for line in log.lines)
+    return {
+        "run": log.name,
+        "steps": len(log.lines),
+        "steps_planned": None if log.result is not None else log.steps,
+        "last_steps": {_key(name): fmean(values[name][-LAST_STEPS:]) for name in _MEASURED if values[name]},
+        "window": values["window"][-1] if values["window"] else None,
+        "held_out": {_key(name): held_out[_key(name)] for name in _HELD_OUT if held_out.get(_key(name))},
+        "tokens_per_s": median(values["tokens_per_s"]) if log.lines else None,
+        "data_wait_share": sum(line["draw_s"] for line in log.lines) / seconds if seconds else None,
+        "flops": log.lines[-1]["flops"] if log.lines else None,
+    }
+
+
+def runs_table(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and a row for each run's facts; a column that no run has anything for is left out."""
+    columns = {"run": [run["run"] for run in runs], "steps": [_steps(run) for run in runs]}
+    for name in _MEASURED:
+        columns[_title(name)] = [_shown(run["last_steps"].get(_key(name)), "{:.4g}") for run in runs]
+    columns["window"] = [_shown(run["window"], "{:.0f}") for run in runs]
+    for name in _HELD_OUT:
+        columns[f"held-out {_title(name)}"] = [_change(run["held_out"].get(_key(name))) for run in runs]
+    columns["tokens/s"] = [_shown(run["tokens_per_s"], "{:.0f}") for run in runs]
+    columns["data wait"] = [_shown(run["data_wait_share"], "{:.1%}") for run in runs]
+    columns["FLOPs"] = ["" if run["flops"] is None else flop_text(run["flops"]) for run in runs]
     kept = {title: cells for title, cells in columns.items() if any(cells)}
     return list(kept), [list(row) for row in zip(*kept.values(), strict=True)]
 
@@ -162,34 +189,28 @@ def _title(name: str) -> str:
     return f"{words} ({ending[1:]})" if ending else words
 
 
+def _key(name: str) -> str:
+    """With its unit, as metrics and results have it."""
+    base, ending = _parts(name)
+    return f"{base}_nats{ending}" if _PANELS[base].startswith("nats") else name
+
+
 def _parts(name: str) -> tuple[str, str]:
     ending = next((ending for ending in _ENDINGS[1:] if name.endswith(ending)), "")
     return name.removesuffix(ending), ending
 
 
-def _steps(log: RunLog) -> str:
-    done = len(log.lines)
-    if log.result is not None or log.steps is None or done == log.steps:
-        return str(done)
-    return f"{done} of {log.steps}"
+def _steps(run: Mapping[str, Any]) -> str:
+    done, planned = run["steps"], run["steps_planned"]
+    return str(done) if planned in (None, done) else f"{done} of {planned}"
 
 
-def _last(log: RunLog, name: str) -> str:
-    return _shown(log.series(name)[-LAST_STEPS:], "{:.4g}", fmean)
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
-def _shown(series: Sequence[tuple[int, float, float]], form: str, mean: Any) -> str:
-    return form.format(mean([value for _, _, value in series])) if series else ""
-
-
-def _held_out(log: RunLog, name: str) -> str:
-    value = ((log.result or {}).get("held_out") or {}).get(name)
+def _change(value: Mapping[str, float] | None) -> str:
     return f"{value['before']:.3f} -> {value['after']:.3f}" if value else ""
-
-
-def _wait(log: RunLog) -> str:
-    seconds = sum(line["step_s"] for line in log.lines)
-    return f"{sum(line['draw_s'] for line in log.lines) / seconds:.1%}" if seconds else ""
 
 
 def draw_curves(logs: Sequence[RunLog], path: Path) -> None:
