@@ -6,15 +6,16 @@ asked, what was found and what to do. Engines are imported by the commands that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from logitcache.append import all_units
 from logitcache.cluster import RayCluster
-from logitcache.console import Progress, answer, leave, run_command
-from logitcache.errors import UserError
+from logitcache.console import Progress, answer, command_line, leave, leave_at_once, run_command
+from logitcache.errors import UserError, require
 from logitcache.jobs import BuildRequest, build_cache, describe, score_cache
 from logitcache.prepare import PrepareRequest
 from logitcache.prepare import prepare as prepare_problems
@@ -23,29 +24,31 @@ from logitcache.scoring import Sampling
 from logitcache.service.settings import Load, Service
 from logitcache.store.verify import Report
 
-app = App(name="logitcache", help=__doc__.splitlines()[0], version_flags=[])
+app = command_line("logitcache", __doc__)
 
 Flat = Parameter(name="*")
+_SHARED = Parameter(group="On several machines")
 
 
 @app.command
 def build(
     request: Annotated[BuildRequest, Flat],
     *,
-    sampling: Annotated[Sampling, Flat] = Sampling(),  # noqa: B008 (frozen)
-    style: Annotated[PromptStyle, Flat] = PromptStyle(),  # noqa: B008 (frozen)
-    worker: str = "1/1",
-    cluster: Literal["ray"] | None = None,
-    workers: int = 1,
-    gpus_per_worker: float = 0.0,
-    address: str | None = None,
+    sampling: Annotated[Sampling, Parameter(name="*", group="Sampling")] = Sampling(),  # noqa: B008 (frozen)
+    style: Annotated[PromptStyle, Parameter(name="*", group="Prompts")] = PromptStyle(),  # noqa: B008 (frozen)
+    worker: Annotated[str, _SHARED] = "1/1",
+    cluster: Annotated[Literal["ray"] | None, _SHARED] = None,
+    workers: Annotated[int | None, _SHARED] = None,
+    gpus_per_worker: Annotated[float | None, _SHARED] = None,
+    address: Annotated[str | None, _SHARED] = None,
     json: bool = False,
 ) -> None:
     """Run a teacher over problems and keep its completions and what it thought of every token.
 
-    Costs one generation and one scoring of every completion by the teacher. Interrupted at any moment, the same command
-    goes on where it stopped and ends in the same bytes. Several workers, on any machines, each run this command with
-    their own `--worker`; the one that finds nothing missing any more seals the cache.
+    Costs one generation and one scoring of every completion by the teacher. --max-new-tokens is short by default, for a
+    first try. Interrupted at any moment, the same command goes on where it stopped and ends in the same bytes. Several
+    workers, on any machines, each run this command with their own `--worker`; the one that finds nothing missing any
+    more seals the cache.
 
     Example: logitcache build --teacher Qwen/Qwen3-4B --problems deepscaler.parquet --out runs/cache
 
@@ -55,13 +58,16 @@ def build(
         style: how a problem is put to the teacher.
         worker: this worker of so many, such as `2/8`.
         cluster: `ray` spreads the units over a Ray cluster instead, and does lost ones again.
-        workers: engines at a time on the cluster.
-        gpus_per_worker: GPUs that each of them takes.
+        workers: engines at a time on the cluster; 1 by default.
+        gpus_per_worker: GPUs that each of them takes; 0 by default.
         address: of a running Ray cluster; one is started on this machine by default.
         json: print one JSON object.
     """
     number, of = _worker(worker)
-    ray = RayCluster(workers=workers, gpus_per_worker=gpus_per_worker, address=address) if cluster else None
+    if cluster and of > 1:
+        asked = f"--worker {worker} with --cluster {cluster}"
+        raise UserError(asked, "the cluster shares the units out itself", "leave one of them out")
+    ray = _cluster(cluster, workers=workers, gpus_per_worker=gpus_per_worker, address=address)
     built = build_cache(request, sampling=sampling, style=style, worker=number, workers=of, cluster=ray)
     answer(built, cache_summary(built), as_json=json)
 
@@ -79,7 +85,7 @@ def prepare(request: Annotated[PrepareRequest, Flat], *, json: bool = False) -> 
         json: print one JSON object.
     """
     told = prepare_problems(request)
-    answer(told, "\n".join(f"{name:18}{value}" for name, value in told.items()), as_json=json)
+    answer(told, _lines(told), as_json=json)
 
 
 @app.command
@@ -105,7 +111,7 @@ def score(
 
 @app.command
 def info(url: str, /, *, json: bool = False) -> None:
-    """Say what a cache holds; reads its manifest only.
+    """Say what a cache holds, and how near the teacher that is; reads no targets.
 
     Example: logitcache info runs/demo/cache
 
@@ -154,7 +160,7 @@ def verify(url: str, /, *, deep: bool = False, repair: bool = False, json: bool 
     with Progress("verify", 1, "parts") as progress:
         report = check(url, deep=deep, repair=repair, progress=progress.reach)
     damage = [{"object": item.name, "found": item.found} for item in report.damage]
-    answer({**asdict(report), "damage": damage}, _verdict(url, report), as_json=json)
+    answer({"sound": report.sound, **asdict(report), "damage": damage}, _verdict(url, report), as_json=json)
     return 0 if report.sound else 1
 
 
@@ -194,13 +200,14 @@ def export(
 
     Args:
         url: a sealed cache.
-        out: the file: a path, or any fsspec URL that can be written.
+        out: the file, ending in .parquet: a path, or any fsspec URL that can be written.
         to: the format.
         targets: the tier to put beside the tokens; none by default.
         json: print one JSON object.
     """
     from logitcache.store.export import export_parquet
 
+    require(out.endswith(f".{to}"), f"--out ending in .{to}", out, "rename it")
     with Progress("export", 1, "sequences") as progress:
         sequences = export_parquet(url, targets, out, progress=progress.reach)
     answer({"out": out, "format": to, "sequences": sequences}, f"{out}: {sequences:,} sequences", as_json=json)
@@ -216,8 +223,9 @@ def serve(
     dtype: str = "bfloat16",
     engine: Literal["transformers", "vllm"] = "transformers",
     streams: int = 16,
+    drain_s: float = 30.0,
     json: bool = False,
-) -> int:
+) -> None:
     """Let students elsewhere read caches, and have a teacher score for them, over Arrow Flight, until SIGTERM.
 
     Costs one core for each student that reads as fast as it can, less where the student decodes; a teacher costs one
@@ -234,6 +242,7 @@ def serve(
         dtype: the precision that teachers compute in, bfloat16 or float32: that of the cache's build.
         engine: that runs teachers.
         streams: sent at once, and calls to teachers at once; more wait.
+        drain_s: seconds that streams under way may take to end after SIGTERM.
         json: print one JSON object once requests are taken.
     """
     try:
@@ -246,9 +255,15 @@ def serve(
     def ready(location: str) -> None:
         answer({"location": location}, f"serving at {location}; Ctrl-C ends it", as_json=json)
 
-    limits = Limits(streams=streams)
-    teachers = [offer_teacher(model, dtype=dtype, engine=engine) for model in teacher or ()]
-    return 0 if run_server(urls or (), service, teachers=teachers, limits=limits, ready=ready) else 1
+    sent = run_server(
+        urls or (),
+        service,
+        teachers=lambda: [offer_teacher(model, dtype=dtype, engine=engine) for model in teacher or ()],
+        limits=Limits(streams=streams, drain_s=drain_s),
+        ready=ready,
+    )
+    if not sent:
+        leave_at_once(1)  # pyarrow's exit function waits for streams whose clients do not read
 
 
 @app.command(name="bench-serve")
@@ -275,7 +290,7 @@ def bench_serve(
     from logitcache.service.load import run_load
 
     found = run_load(url, load, targets=targets)
-    answer(found, "\n".join(f"{name:18}{value}" for name, value in found.items()), as_json=json)
+    answer(found, _lines(found), as_json=json)
     return 1 if found["errors"] else 0
 
 
@@ -287,14 +302,35 @@ def main() -> None:
 
 def _worker(text: str) -> tuple[int, int]:
     number, _, workers = text.partition("/")
-    if not (number.isdecimal() and workers.isdecimal() and 1 <= int(number) <= int(workers)):
-        raise UserError(f"--worker {text}", "not a worker of several", "write it as 1/4 for the first of four")
+    do = "write it as 1/4 for the first of four"
+    if not (number.isdecimal() and workers.isdecimal() and int(number) >= 1):
+        raise UserError(f"--worker {text}", "not a worker of several", do)
+    if int(number) > int(workers):
+        raise UserError(f"--worker {text}", f"{number} is beyond {workers}", do)
     return int(number) - 1, int(workers)
+
+
+def _cluster(cluster: str | None, **options: Any) -> RayCluster | None:
+    given = {name: value for name, value in options.items() if value is not None}
+    if cluster is not None:
+        return RayCluster(**{"workers": 1, **given})
+    if given:
+        asked = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(asked, "there is no cluster to use", "add --cluster ray, or leave it out")
+    return None
+
+
+def _lines(found: Mapping[str, Any]) -> str:
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in found.items()}
+    return "\n".join(f"{name:18}{value}" for name, value in shown.items())
 
 
 def _verdict(url: str, report: Report) -> str:
     lines = [f"{damage.name}: {damage.found}" for damage in report.damage]
     checked = f"{report.parts:,} parts, {report.objects:,} objects, {report.nbytes / 1e6:,.1f} MB read and checked"
+    if report.sound and not report.sealed:
+        state = f"sound, but not sealed: {checked}" if report.parts else "not sealed, and nothing is committed"
+        return f"{state}; the command that builds it goes on and seals it"
     if report.sound:
         return f"sound: {checked}"
     advice = f"logitcache verify {url} --repair, then the command that built it"
@@ -306,25 +342,27 @@ def _verdict(url: str, report: Report) -> str:
 def cache_summary(found: dict[str, Any]) -> str:
     """What `describe` returns, for people."""
     teacher, spent = found["teacher"], found["flops"]
+    width = 2 + max(map(len, ["targets", *(tier["asked"] for tier in found["targets"].values())]))
     lines = [
         f"{'sealed' if found['sealed'] else 'unsealed'} cache of {teacher['name']} ({teacher['dtype']}), "
         f"vocabulary {teacher['vocab_size']:,}",
         " + ".join(f"{item['count']:,}" for item in [found["problems"], *found["appended"]]) + " problems",
         f"{found['sequences']:,} sequences, {found['tokens']:,} tokens, {found['completion_tokens']:,} of completions",
         f"{spent['generate'] / 1e12:.2f} TFLOPs to generate, {spent['score'] / 1e12:.2f} to score",
-        f"{'targets':10}{'MB':>10}{'bytes/token':>14}{'mean KL, nats':>16}{'p99':>12}",
+        f"{'targets':{width}}{'MB':>10}{'kept once MB':>14}{'bytes/token':>13}{'mean KL, nats':>15}{'p99':>10}",
     ]
-    for name, tier in found["targets"].items():
+    for tier in found["targets"].values():
         kl = tier["kl_nats"]
-        fidelity = f"{'not measured':>16}" if kl is None else f"{kl['mean']:16.2e}{kl['p99']:12.2e}"
+        fidelity = f"{'not measured':>15}" if kl is None else f"{kl['mean']:15.2e}{kl['p99']:10.2e}"
+        size = f"{tier['bytes'] / 1e6:10.2f}{tier['shared_bytes'] / 1e6:14.2f}"
         per_token = tier["bytes_per_token"] or float("nan")
-        lines.append(f"{name:10}{tier['bytes'] / 1e6:10.2f}{per_token:14.1f}{fidelity}")
+        lines.append(f"{tier['asked']:{width}}{size}{per_token:13.1f}{fidelity}")
         if tier["units"] < found["units"]:
-            lines.append(f"{'':10}{tier['units']:,} of {found['units']:,} units with sequences have it")
+            lines.append(f"  {tier['units']:,} of {found['units']:,} units with sequences have it")
         if (engine := tier["engine_kl_nats"]) is not None:
             forward, reverse = engine["forward"], engine["reverse"]
             told = f"{forward['mean']:.2e} nats, reverse {reverse['mean']:.2e} ({forward['samples']} tokens)"
-            lines.append(f"{'':10}KL(transformers in float32, the scoring engine): {told}")
+            lines.append(f"  KL(transformers in float32, the scoring engine): {told}")
     return "\n".join(lines)
 
 

@@ -97,6 +97,9 @@ def _hub_snapshot(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        path = Path(name)
+        local = path.parent.is_dir() and path.parent != Path()
+        missing = f"{path.parent} has no directory {path.name}" if local else "no such directory"
         raise UserError(
-            f"model {name}", f"no such directory, and the hub says: {reason}", "check the name or the network"
+            f"model {name}", f"{missing}, and the hub says: {reason}", "check the name or the network"
         ) from error

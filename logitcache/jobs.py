@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from logitcache import flops
 from logitcache.append import all_units, append_problems, open_first, open_to_append
@@ -33,15 +35,20 @@ from logitcache.scorers.choose import (
     Served,
     load_teacher,
     parse_engine,
+    require_divisible,
     require_servable,
     scorer_of,
     teacher_identity,
 )
 from logitcache.scoring import DTYPES, Sampling
 from logitcache.store import Store, open_cache, open_store
+from logitcache.store.place import Place
+from logitcache.store.tiers import read_tier
 
 UNSEEN = "unseen:"
 """Begins the fingerprint of a teacher whose weights were on a server alone: the rest is of its configuration."""
+
+_IDENTITY = ("teacher", "tokenizer", "prompts", "problems", "sampling")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +56,8 @@ class BuildRequest:
     """What to build, in words: the options of `logitcache build`.
 
     Attributes:
-        problems: Parquet, JSON or JSONL with `problem` and `answer` columns (any fsspec URL), or a hub dataset id.
+        problems: Parquet, JSON or JSONL with a column `problem` and, if it likes, `id` (any fsspec URL), or a hub
+            dataset id. A build needs no answers.
         out: where the cache goes: a path, or any fsspec URL that can be written.
         teacher: a transformers model id or directory; `embedded` is SmolLM2-135M-Instruct. Where servers both write and
             score, the directory needs no weights, and the cache says that nobody saw them.
@@ -74,7 +82,7 @@ class BuildRequest:
     generator: str = "transformers"
     scorer: str = "transformers"
     append: bool = False
-    compare_engines: bool = True
+    compare_engines: Annotated[bool, Parameter(negative="--no-compare-engines")] = True
 
     def __post_init__(self) -> None:
         require(self.dtype in DTYPES, f"--dtype, {' or '.join(DTYPES)}", self.dtype)
@@ -107,6 +115,8 @@ def build_cache(
         UserError: something asked for cannot be had; nothing that was committed is lost.
         IdentityError: `out` holds a cache of another build.
     """
+    devices = cluster.devices_per_worker if cluster else 1
+    require_divisible(request.engines, devices)
     specs = parse_targets(request.targets)
     problems = load_problems(request.problems, limit=request.limit)
     model_dir = _teacher_dir(request)
@@ -134,8 +144,11 @@ def build_cache(
             specs=specs,
             sampling=sampling,
             compare_engines=request.compare_engines,
+            devices=devices,
         )
         _run(job, share, request.out, cluster)
+    else:
+        note(f"nothing is missing in {request.out}: it is done already")
     everything = all_units(store)
     if not missing_units(store.committed(), everything, tiers):
         store.seal(units=len(everything))
@@ -202,11 +215,14 @@ def describe(url: str) -> dict[str, Any]:
         (identity, _), committed = read_identity(place), list_committed(place)
         manifest = consolidate_tier(place, committed, None)
         partial = {name: consolidate_tier(place, committed, name) for name in committed.targets}
+    if lacking := [name for name in _IDENTITY if name not in identity]:
+        found = f"its identity names no {', '.join(lacking)}: logitcache build did not make it"
+        raise UserError(f"describe {place.shown}", found, "read it with logitcache.open_cache")
     return {
         "format_version": 1,
         "sealed": sealed,
         "digest": manifest.digest,
-        **{name: identity[name] for name in ("teacher", "tokenizer", "prompts", "problems", "sampling")},
+        **{name: identity[name] for name in _IDENTITY},
         "appended": [asdict(item) for item in manifest.appended],
         "units": len(manifest.units),
         "sequences": manifest.totals["sequences"],
@@ -216,6 +232,7 @@ def describe(url: str) -> dict[str, Any]:
         "targets": {
             name: {
                 "codec": tier.kind,
+                "asked": _asked(place, name),
                 "units": len(found.units),
                 "bytes": tier.nbytes,
                 "shared_bytes": tier.shared_nbytes,
@@ -227,6 +244,15 @@ def describe(url: str) -> dict[str, Any]:
             for tier in [found.tiers[name]]
         },
     }
+
+
+def _asked(place: Place, name: str) -> str:
+    """A tier as `--targets` asks for it, every setting written out."""
+    tier = read_tier(place, name)
+    if tier is None:
+        return name
+    given = {key.replace("_", "-"): value for key, value in tier.asked.items() if value is not None}
+    return ":".join([tier.kind, *(f"{key}={value}" for key, value in given.items())])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -242,11 +268,14 @@ class _Job:
     specs: Sequence[TargetSpec]
     sampling: Sampling
     compare_engines: bool
+    devices: int = 1
 
     def __call__(self, on_sequences: Callable[[int], None]) -> Build:
         generator, scorer = self.engines
         shows_states = not isinstance(scorer, Served)
-        engine = load_teacher(generator, scorer, self.model_dir, dtype=self.dtype, on_sequences=on_sequences)
+        engine = load_teacher(
+            generator, scorer, self.model_dir, dtype=self.dtype, on_sequences=on_sequences, devices=self.devices
+        )
         return Build(
             engine=engine,
             shape=self.shape,

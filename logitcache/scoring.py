@@ -53,8 +53,15 @@ TargetRequest = TopKRequest | HiddenStateRequest | FullVocabRequest | SampledReq
 class Sampling:
     """How completions are drawn.
 
-    The defaults are the paper's (arXiv 2605.16826): temperature 1, top-p 0.95, top-k 20. Temperature 0 is greedy, and a
-    top-k of None keeps every token.
+    Temperature, top-p and top-k are by default those of arXiv 2605.16826.
+
+    Attributes:
+        max_new_tokens: of a completion, the longest.
+        temperature: of sampling; 0 is greedy.
+        top_p: nucleus: the likeliest tokens up to this mass are drawn from.
+        top_k: so many of the likeliest tokens are drawn from; none for all.
+        samples_per_problem: completions of each.
+        seed: of sampling.
     """
 
     max_new_tokens: int = 128

@@ -9,7 +9,8 @@ measured, whether it holds, and on what. `<!-- demo -->` holds the grid of the k
 `<!-- equal-flops: NAME -->` the budgets and crossings of tools/studies/results/NAME.json, `<!-- engine-kl -->` what
 separates the engines.
 
-`trainer/planning/tiers.json`, what planning needs of the codecs' figures, is made anew and checked with them.
+`trainer/planning/tiers.json` and `equal_flops.json`, what planning needs of the codecs' figures and of the study at
+equal FLOPs, are made anew and checked with them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 from trainer.budget_report import budgets_table, crossings_table
 from trainer.budget_report import facts as equal_flops_facts
+from trainer.planning.evidence import STUDY, STUDY_RESULTS
 from trainer.planning.report import BREAK_EVEN_HEADER, break_even_rows
 from trainer.planning.storage import PEAKED, PLAIN, TIERS
 from trainer.report import cells_table, facts, markdown_table
@@ -54,6 +56,8 @@ def documents() -> list[Path]:
 
 
 def _goals(folder: Path, name: str) -> str:
+    if not _file(name).exists():
+        return f"No result is kept: `python -m tools.bench.{name}` makes one."
     result = _read(name)
     rows = [[goal["what"], str(goal["goal"]), _measured(goal)] for goal in result["goals"]]
     device = result["device"]
@@ -146,6 +150,25 @@ def tiers() -> str:
     return json.dumps({"commit": result["commit"], "config": config, "figures": figures}, indent=2) + "\n"
 
 
+def study() -> str:
+    """Of the study at equal FLOPs, what advice needs: each cell's answers at every budget."""
+    report = json.loads((ROOT / STUDY_RESULTS).read_text())
+    (measure,) = (name for name in report["metrics"] if name.startswith("avg_at_"))
+    budgets = [
+        {
+            "flops": budget,
+            "cells": {
+                f"{curve['prefix']} {curve['divergence']}": point[measure]
+                for curve in report["curves"]
+                for point in curve["points"]
+                if point["flops"] == budget
+            },
+        }
+        for budget in report["config"]["study"]["budgets"]
+    ]
+    return json.dumps({"commit": report["commit"], "measure": measure, "budgets": budgets}, indent=2) + "\n"
+
+
 def _measured(goal: dict[str, Any]) -> str:
     value = goal["measured"]
     shown = f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -167,7 +190,9 @@ def _link(file: Path, folder: Path) -> str:
 
 def rendered() -> dict[Path, str]:
     """What every file that is rendered should hold."""
-    return {**{path: render(path) for path in documents()}, ROOT / "trainer" / "planning" / TIERS: tiers()}
+    planning = ROOT / "trainer" / "planning"
+    packaged = {planning / TIERS: tiers(), planning / STUDY: study()}
+    return {**{path: render(path) for path in documents()}, **packaged}
 
 
 def main() -> int:

@@ -164,10 +164,10 @@ def test_running_a_finished_build_again_changes_nothing(
         (("--targets", "logits"), "there is no kind 'logits'"),
         (("--targets", ""), "nothing was named"),
         (("--dtype", "int3"), "bfloat16 or float32"),
-        (("--seed", "6"), "it has another identity.sampling.seed: 5 there, 6 asked"),
+        (("--seed", "6"), "it has another sampling.seed: 5 there, 6 asked (--seed)"),
         (("--limit", "0"), "at least 1"),
         (("--top-p", "1.5"), "--top-p, a probability above 0: got 1.5"),
-        (("--worker", "3/2"), "not a worker of several"),
+        (("--worker", "3/2"), "3 is beyond 2"),
         (("--max-new-tokens", "5000"), "the model's context holds 512"),
     ],
 )
@@ -271,7 +271,7 @@ def test_a_cache_of_another_teacher_is_refused(whole: Path, tiny_dir: Path, prob
     model.save_pretrained(other)
     done = finish(command(other, copy, problems))
     assert done.returncode == 2
-    assert "it has another identity.teacher" in done.stderr
+    assert "it has another teacher.fingerprint" in done.stderr
     assert content(copy) == content(whole)
 
 
