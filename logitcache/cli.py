@@ -340,7 +340,7 @@ def _verdict(url: str, report: Report) -> str:
 
 
 def cache_summary(found: dict[str, Any]) -> str:
-    """What `describe` returns, for people."""
+    """What `describe` or a build returns, for people."""
     teacher, spent = found["teacher"], found["flops"]
     width = 2 + max(map(len, ["targets", *(tier["asked"] for tier in found["targets"].values())]))
     lines = [
@@ -363,6 +363,9 @@ def cache_summary(found: dict[str, Any]) -> str:
             forward, reverse = engine["forward"], engine["reverse"]
             told = f"{forward['mean']:.2e} nats, reverse {reverse['mean']:.2e} ({forward['samples']} tokens)"
             lines.append(f"  KL(transformers in float32, the scoring engine): {told}")
+    if usage := found.get("usage"):
+        joules = "" if usage["joules"] is None else f", {usage['joules']:,.0f} J"
+        lines.append(f"this command took {usage['seconds']:,.1f} s{joules}")
     return "\n".join(lines)
 
 

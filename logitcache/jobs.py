@@ -44,6 +44,7 @@ from logitcache.scoring import DTYPES, Sampling
 from logitcache.store import Store, open_cache, open_store
 from logitcache.store.place import Place
 from logitcache.store.tiers import read_tier
+from logitcache.usage import Stopwatch
 
 UNSEEN = "unseen:"
 """Begins the fingerprint of a teacher whose weights were on a server alone: the rest is of its configuration."""
@@ -109,7 +110,8 @@ def build_cache(
     """Build a cache, or this worker's share of it, here or on a cluster, and seal it when nothing is missing any more.
 
     Returns:
-        What `describe` says of the cache.
+        What `describe` says of the cache, and `usage`: seconds, and joules where they are counted, of this command.
+        They are not in the cache, whose bytes do not depend on how its build went.
 
     Raises:
         UserError: something asked for cannot be had; nothing that was committed is lost.
@@ -117,6 +119,7 @@ def build_cache(
     """
     devices = cluster.devices_per_worker if cluster else 1
     require_divisible(request.engines, devices)
+    usage = Stopwatch.started()
     specs = parse_targets(request.targets)
     problems = load_problems(request.problems, limit=request.limit)
     model_dir = _teacher_dir(request)
@@ -152,20 +155,21 @@ def build_cache(
     everything = all_units(store)
     if not missing_units(store.committed(), everything, tiers):
         store.seal(units=len(everything))
-    return describe(request.out)
+    return describe(request.out) | {"usage": usage.stopped()}
 
 
 def score_cache(url: str, *, teacher: str, targets: str, compare_engines: bool = True) -> dict[str, Any]:
     """Add tiers to a cache by scoring what is there, without generating again; see `logitcache score --help`.
 
     Returns:
-        What `describe` says of the cache.
+        As `build_cache`.
 
     Raises:
         IdentityError: `teacher` is not the cache's.
         UserError: no cache there, or one whose build or append is not finished, or a tier that exists and was asked for
             with another configuration.
     """
+    usage = Stopwatch.started()
     specs = parse_targets(targets)
     tiers = [spec.kind for spec in specs]
     store = open_store(url)
@@ -197,7 +201,7 @@ def score_cache(url: str, *, teacher: str, targets: str, compare_engines: bool =
         with Progress("score", sequences, "sequences") as progress:
             job(progress.add).run(share)
     store.seal(units=len(units))
-    return describe(url)
+    return describe(url) | {"usage": usage.stopped()}
 
 
 def describe(url: str) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from logitcache.usage import Stopwatch
 from trainer.batch import Batch
 from trainer.flops import FlopLedger
 from trainer.loop import add_batch
 from trainer.objectives import Objective
 from trainer.prefixes import PrefixSource
 from trainer.student import Student
-from trainer.usage import Stopwatch
 
 
 @dataclass(kw_only=True, eq=False)

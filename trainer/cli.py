@@ -415,7 +415,7 @@ def evaluate(
 
 
 @app.command
-def report(*runs: Path, out: Path, json: bool = False) -> None:
+def report(*runs: Path, out: Path, price_per_hour: float | None = None, json: bool = False) -> None:
     """Draw curves and a table of runs, finished or going on, from their metrics. Costs seconds; loads no model.
 
     Example: trainer report runs/forward runs/reverse --out runs/compared
@@ -423,13 +423,14 @@ def report(*runs: Path, out: Path, json: bool = False) -> None:
     Args:
         runs: the --out of `distill` or `grpo`, or a cell of a `grid`, one or more.
         out: without ending: OUT.md and OUT.png are written, over what is there.
+        price_per_hour: of the machine, to tell what each run's steps cost; any currency.
         json: print one JSON object.
     """
     from logitcache.errors import require
     from trainer.recipes.report import run_report
 
     require(bool(runs), "runs to report", "none", "name the --out of one or more")
-    result = run_report(runs, out)
+    result = run_report(runs, out, price_per_hour=price_per_hour)
     text = result.pop("table")
     answer(result, text, as_json=json)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.batch import Batch, teacher_head_flops
-from trainer.flops import FlopLedger, add_evaluation
+from trainer.flops import FlopLedger, Phase, add_evaluation
 from trainer.objectives import Backend, Objective, field_sums, known, names_of
 from trainer.student import Student
 
@@ -24,15 +24,17 @@ class HeldOut:
 
     Attributes:
         nats: by name, such as `forward_kl_nats` or `forward_kl_nats_coarse`; None where the targets do not say.
+        flops: that measuring took.
     """
 
     nats: Mapping[str, float | None]
     tokens: int
     sequences: int
+    flops: int
 
 
 def evaluate(
-    student: Student, batches: Sequence[Batch], ledger: FlopLedger, *, step: int, backend: Backend | None = None
+    student: Student, batches: Sequence[Batch], ledger: FlopLedger, *, step: int | None, backend: Backend | None = None
 ) -> HeldOut:
     """Measure `student` on batches whose targets are all of one kind.
 
@@ -43,6 +45,7 @@ def evaluate(
     names = names_of(batches[0].targets)
     sums = torch.zeros(1 + len(names), dtype=torch.float64)
     tokens = sequences = 0
+    before = ledger.by_phase()[Phase.EVALUATION]
     with torch.no_grad():
         for batch in batches:
             if names_of(batch.targets) != names:
@@ -53,4 +56,9 @@ def evaluate(
             projected = teacher_head_flops(batch)
             add_evaluation(ledger, student.shape, batch, teacher_head_flops=projected, step=step, lora=student.lora)
     means = map(known, (sums[1:] / tokens).tolist())
-    return HeldOut(nats=dict(zip(names.values(), means, strict=True)), tokens=tokens, sequences=sequences)
+    return HeldOut(
+        nats=dict(zip(names.values(), means, strict=True)),
+        tokens=tokens,
+        sequences=sequences,
+        flops=ledger.by_phase()[Phase.EVALUATION] - before,
+    )

@@ -125,6 +125,10 @@ class FlopLedger:
             raise ValueError(f"students: got {students}, expected 1 or more")
         return self.marginal() - (-build_flops // students)
 
+    def total(self, *, build_flops: int) -> int:
+        """All that was computed: every phase, evaluation too, and the whole build."""
+        return sum(self._totals.values()) + build_flops
+
     def to_json(self) -> list[dict[str, Any]]:
         """Rows as plain values; `hits` and `misses` where a teacher was asked."""
         told = ("step", "phase", "flops")
@@ -187,7 +191,7 @@ def add_evaluation(
     batch: Packed,
     *,
     teacher_head_flops: int,
-    step: int,
+    step: int | None,
     lora: Lora | None = None,
 ) -> None:
     """An evaluation's row for one batch: the student's forward, with its adapters, and the teacher's logits."""

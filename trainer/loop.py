@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from logitcache.errors import UserError
+from logitcache.usage import Stopwatch
 from trainer.batch import Batch, teacher_head_flops
 from trainer.checkpoint import Checkpoints, Stateful
 from trainer.distributed import Ranks, whole
@@ -32,19 +33,26 @@ from trainer.student import Student
 
 @dataclass(kw_only=True)
 class Trained:
-    """What a run did: completion tokens and packed rows trained on, and seconds spent in steps."""
+    """What a run did: completion tokens and packed rows trained on, and what its steps took beside FLOPs."""
 
     completion_tokens: int = 0
     rows: int = 0
-    seconds: float = 0.0
+    usage: Stopwatch = field(default_factory=Stopwatch)
+
+    def facts(self) -> dict[str, Any]:
+        """For a result: tokens and their rate, seconds, joules."""
+        tokens, seconds = self.completion_tokens, self.usage.seconds
+        rate = tokens / seconds if seconds else 0.0
+        return {"completion_tokens": tokens, "tokens_per_s": rate, **self.usage.state()}
 
     def state(self) -> dict[str, Any]:
         """As JSON values."""
-        return asdict(self)
+        return {"completion_tokens": self.completion_tokens, "rows": self.rows, **self.usage.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.completion_tokens, self.rows, self.seconds = state["completion_tokens"], state["rows"], state["seconds"]
+        self.completion_tokens, self.rows = state["completion_tokens"], state["rows"]
+        self.usage.restore(state)
 
 
 def distill(
@@ -101,6 +109,7 @@ def distill(
         if weights is not None:
             objective = replace(objective, forward_weight=weights.at(step))
         step_started, spent = time.perf_counter(), ledger.by_phase()
+        trained.usage.skip()
         batches = source.draw(step, ledger)
         drawn_s = time.perf_counter() - step_started
         size = StepSize.of(batches, ranks)
@@ -123,7 +132,7 @@ def distill(
         step_s = time.perf_counter() - step_started
         trained.completion_tokens += size.target_rows
         trained.rows += size.tokens
-        trained.seconds += step_s
+        trained.usage.lap()
         means = map(known, (ranks.gathered(sums).sum(0) / size.target_rows).tolist())
         line = {
             "step": step,

@@ -375,6 +375,12 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(cache: Path,
     first, second = trainer(*command), trainer(*command)
     assert json.loads(first.stdout) == json.loads(second.stdout)
     assert "done already" in second.stderr
+    flops = json.loads(first.stdout)["flops"]
+    rows = json.loads((tmp_path / "run" / "ledger.json").read_text())["rows"]
+    measured = [row["flops"] for row in rows if row["phase"] == Phase.EVALUATION]
+    assert (rows[0]["step"], rows[0]["phase"]) == (None, Phase.EVALUATION)  # before the first step, and after the last
+    assert sum(measured) == 2 * measured[0] == flops["by_phase"][Phase.EVALUATION]
+    assert flops["total"] == flops["amortised"] + sum(measured)
     other = trainer(*command, "--seed", "1")
     assert other.returncode == 2
     assert "training.seed: 0 there, 1 asked" in other.stderr

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from logitcache.errors import UserError
+from logitcache.flops import ModelShape, forward, generate
 from logitcache.jobs import BuildRequest, build_cache
 from logitcache.prompts import PromptStyle
 from logitcache.scorers.choose import Served
@@ -95,7 +96,7 @@ def test_a_real_model_is_scored_on_what_it_wrote(tmp_path: Path) -> None:
     assert config["answers"]["math-verify"]
 
 
-def test_figures_follow_from_the_lines(whole: Path) -> None:
+def test_figures_follow_from_the_lines(options: dict[str, Any], whole: Path) -> None:
     lines, result = lines_of(whole), json.loads((whole / "result.json").read_text())
     assert [(line["problem_id"], line["sample"]) for line in lines] == [(f"p{n}", m) for n in range(7) for m in (0, 1)]
     tokens = np.array([line["completion_tokens"] for line in lines])
@@ -105,6 +106,12 @@ def test_figures_follow_from_the_lines(whole: Path) -> None:
     assert result["entropy_nats"] == pytest.approx((entropy * tokens).sum() / tokens.sum())
     assert result["truncated_share"] == np.mean([line["finish_reason"] == "length" for line in lines])
     assert sum(result["verdicts"].values()) == 14
+    shape = ModelShape.of(Path(options["model"]))
+    prompts = [line["prompt_tokens"] for line in lines]
+    rows = [prompt + new - 1 for prompt, new in zip(prompts, tokens.tolist(), strict=True)]
+    assert result["flops"]["writing"] == sum(generate(shape, prompts, tokens.tolist()))
+    assert result["flops"]["reading"] >= forward(shape, rows, head_rows=int(tokens.sum()))
+    assert result["flops"]["teacher"] == 0
     assert {"avg_at_2", "pass_at_2", "pass_at_2_plain", "maj_at_2", "pass_at_1"} < result["scores"].keys()
 
 

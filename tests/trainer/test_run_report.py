@@ -68,6 +68,17 @@ def test_a_run_going_on_is_shown_as_far_as_it_came(rest: str, tmp_path: Path) ->
     assert row["reverse KL"] == "3"  # what is null stays out of the mean
 
 
+def test_time_energy_and_money_stand_beside_flops(tmp_path: Path) -> None:
+    log = read_run(write(tmp_path / "run", [exact(0), exact(1)], result={"joules": 1234.4}))
+    facts = run_facts(log, price_per_hour=7200.0)
+    assert facts["money"] == 2 * facts["seconds"] == 2 * sum(line["step_s"] for line in log.lines)
+    header, (cells,) = runs_table([facts])
+    assert dict(zip(header, cells, strict=True))["joules"] == "1234"
+    assert "money" not in runs_table([run_facts(log)])[0]
+    with pytest.raises(UserError, match="--price-per-hour, 0 or more"):
+        run_report([tmp_path / "run"], tmp_path / "report", price_per_hour=-1.0)
+
+
 @pytest.mark.parametrize("ending", ["coarse", "sampled"])
 def test_inexact_and_exact_numbers_never_share_a_column(ending: str, tmp_path: Path) -> None:
     held_out = {"held_out": {"forward_kl_nats": {"before": 2.0, "after": 1.0}}}

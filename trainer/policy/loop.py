@@ -50,6 +50,7 @@ def train_policy(
     first = 0 if checkpoints is None else checkpoints.restore(policy.model, optimizer, parts)
     for step in range(first, training.steps):
         started = time.perf_counter()
+        trained.usage.skip()
         drawn = source.draw(step, ledger)
         drawn_s = time.perf_counter() - started
         learned = learner.learn(drawn, optimizer, ledger, step)
@@ -58,7 +59,7 @@ def train_policy(
         rows = sum(len(sequence) - 1 for sequence in drawn.sequences)
         trained.completion_tokens += tokens
         trained.rows += rows
-        trained.seconds += step_s
+        trained.usage.lap()
         line = {
             "step": step,
             **drawn.figures(),

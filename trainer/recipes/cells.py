@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class CellRun:
 
     Attributes:
         checkpoints, weights: see `trainer.loop.distill`.
+        ledger: gets the FLOPs, after those that it holds.
         windows: the curriculum; None keeps the source's window.
     """
 
@@ -39,6 +40,7 @@ class CellRun:
     checkpoints: Checkpoints | None = None
     weights: WeightSchedule | None = None
     windows: GatedWindows | None = None
+    ledger: FlopLedger = field(default_factory=FlopLedger)
 
 
 def run_cell(
@@ -55,7 +57,7 @@ def run_cell(
 
     A student on several ranks is measured by each of them alike; the first one writes.
     """
-    ledger = FlopLedger()
+    ledger = run.ledger
     gated: dict[str, Any] = {}
     if run.windows is not None:
         gated = {"check": run.windows.check, "stateful": {"curriculum": run.windows.curriculum}}
@@ -81,21 +83,20 @@ def run_cell(
         write_json(run.directory / "ledger.json", {"rows": ledger.to_json()})
     result = {
         "held_out": {name: {"before": value, "after": after.nats[name]} for name, value in before.nats.items()},
-        "completion_tokens": trained.completion_tokens,
-        "tokens_per_s": trained.completion_tokens / trained.seconds if trained.seconds else 0.0,
-        "seconds": trained.seconds,
+        **trained.facts(),
         "teacher_engine_imported": engine_imported,
     }
     return result, ledger
 
 
 def flops_of(ledger: FlopLedger, *, build_flops: int, students: int) -> dict[str, Any]:
-    """A report's FLOPs of one cell: by phase, marginal, and amortised over `students`."""
+    """A report's FLOPs of one run: by phase, marginal, amortised over `students`, and all that was spent."""
     return {
         "by_phase": {str(phase): flops for phase, flops in ledger.by_phase().items()},
         "marginal": ledger.marginal(),
         "amortised": ledger.amortised(build_flops=build_flops, students=students),
         "amortised_over_students": students,
+        "total": ledger.total(build_flops=build_flops),
     }
 
 

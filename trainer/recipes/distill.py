@@ -18,7 +18,7 @@ from trainer.checkpoint import Checkpoints, remove_leftovers
 from trainer.curriculum import Curriculum, CurriculumPlan
 from trainer.distributed import ALONE, Ranks
 from trainer.evaluate import HeldOut, evaluate
-from trainer.flops import FlopLedger
+from trainer.flops import FlopLedger, FlopRow, Phase
 from trainer.objectives import Objective, require_served
 from trainer.prefixes import MixedPrefixes, PrefixSource, shares
 from trainer.recipes.cells import CellRun, flops_of, run_cell, show_step
@@ -260,6 +260,7 @@ def run_distill(
                 checkpoints=checkpoints,
                 weights=distillation.weights,
                 windows=windows,
+                ledger=FlopLedger([FlopRow(step=None, phase=Phase.EVALUATION, flops=before.flops)]),
             ),
         )
     from_cache = distillation.prefix is not Prefix.STUDENT
@@ -303,7 +304,7 @@ def _measured_before(student: Student, held_out: list[Batch], training: Training
     if file.exists():
         return HeldOut(**json.loads(file.read_text()))
     note("measuring the student before training")
-    before = evaluate(student, held_out, FlopLedger(), step=0, backend=training.backend)
+    before = evaluate(student, held_out, FlopLedger(), step=None, backend=training.backend)
     if ranks.first:
         write_json(file, asdict(before))
     return before

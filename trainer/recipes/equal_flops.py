@@ -33,6 +33,7 @@ from trainer.loop import distill
 from trainer.planning.study import Study, prefix_name, prefix_of
 from trainer.prefixes import MixedPrefixes, PrefixSource
 from trainer.recipes.data import (
+    IDENTITY,
     CacheData,
     LiveTeacher,
     cached_source,
@@ -76,7 +77,8 @@ def run_equal_flops(setup: Setup, study: Study, out: Path) -> dict[str, Any]:
         config = configuration("equal-flops", data, setup.student_dir, setup.training, setup.sampling)
         config |= {"study": study.deciding, "questions": asked, "cross_entropy_share": setup.cross_entropy_share}
         open_run(out, config)
-        bench = _Bench(setup=setup, study=study, data=data, quiz=quiz, out=out)
+        identity = {name: config[name] for name in IDENTITY}
+        bench = _Bench(setup=setup, study=study, data=data, quiz=quiz, identity=identity, out=out)
         start = bench.measure_start()
         runs = list(bench.run_all())
     report = {
@@ -122,6 +124,7 @@ class _Bench:
     study: Study
     data: CacheData
     quiz: Quiz | None
+    identity: dict[str, Any]
     out: Path
 
     def measure_start(self) -> dict[str, Any]:
@@ -187,7 +190,9 @@ class _Bench:
                 ledger=ledger,
                 metrics=metrics,
                 weighting=training.weighting,
-                checkpoints=Checkpoints(directory=checkpoints, every=self.setup.checkpoint_every, keep=1),
+                checkpoints=Checkpoints(
+                    directory=checkpoints, every=self.setup.checkpoint_every, keep=1, identity=self.identity
+                ),
                 on_step=on_step,
             )
         write_json(directory / "ledger.json", {"rows": ledger.to_json()})

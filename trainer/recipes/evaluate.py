@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from logitcache.console import note
 from logitcache.errors import UserError, require
+from logitcache.flops import ModelShape
 from logitcache.identity import model_display_name, resolve_model, weights_fingerprint
 from logitcache.problems import Problem
 from logitcache.prompts import PromptStyle
@@ -32,7 +33,7 @@ from trainer.benchmarks import benchmark_digest, load_benchmark
 from trainer.provenance import commit, device_name, versions
 from trainer.recipes.held_out import HeldOutText
 from trainer.recipes.reader import find_reader
-from trainer.recipes.samples import figures, only_writer, read_lines
+from trainer.recipes.samples import figures, flops_of_lines, only_writer, read_lines
 from trainer.recipes.writing import Writing, require_causal
 from trainer.runs import CONFIG, PROVENANCE, new_run_dir, open_run, write_json
 from trainer.scores import require_ks
@@ -193,7 +194,11 @@ def run_evaluate(
                 writing.run(directory, checker)
                 on_text = text.measure() if text is not None and share.worker == 0 else None
                 lines = read_lines(directory, writing.problems, samples)
-                result = {"worker": str(share), **figures(lines, samples, ks), "held_out": on_text}
+                teacher_shape = None if writing.teacher is None else writing.teacher.shape
+                flops = flops_of_lines(
+                    lines, ModelShape.of(model_dir), stop_tokens=len(writing.stop_ids), teacher=teacher_shape
+                )
+                result = {"worker": str(share), **figures(lines, samples, ks), "flops": flops, "held_out": on_text}
                 write_json(directory / RESULT, result)
     return _summed_up(out, share, wanted, samples, ks)
 
@@ -219,8 +224,10 @@ def _summed_up(out: Path, share: Share, problems: Sequence[Problem], samples: in
     for number in range(len(problems)):
         first = number // share.workers * samples
         lines += shares[number % share.workers][first : first + samples]
-    held_out = _read(places[0] / RESULT)["held_out"]
-    result = {"worker": f"all {share.workers}", **figures(lines, samples, ks), "held_out": held_out}
+    found = [_read(place / RESULT) for place in places]
+    flops = {name: sum(one["flops"][name] for one in found) for name in found[0]["flops"]}
+    result = {"worker": f"all {share.workers}", **figures(lines, samples, ks), "flops": flops}
+    result["held_out"] = found[0]["held_out"]
     write_json(own / "all.json", result)  # in a place of this worker's own: two may end at the same moment
     (own / "all.json").replace(out / RESULT)
     return result

@@ -197,7 +197,7 @@ class _Grid:
         """Evaluate the student that all cells start from."""
         note("measuring the student before training")
         self.parameters = sum(parameter.numel() for parameter in student.parameters)
-        self.before = evaluate(student, self.held_out, FlopLedger(), step=0, backend=self.training.backend)
+        self.before = evaluate(student, self.held_out, FlopLedger(), step=None, backend=self.training.backend)
 
     def run(self, prefix: Prefix, divergence: str) -> None:
         """Train and measure one cell, unless it is done."""
@@ -249,6 +249,7 @@ class _Grid:
             "held_out": {
                 "sequences": self.before.sequences,
                 "tokens": self.before.tokens,
+                "flops_before": self.before.flops,
                 "teacher_entropy_nats": self.before.nats["teacher_entropy_nats"],
             },
         }

@@ -27,6 +27,7 @@ from trainer.policy.loop import train_policy
 from trainer.policy.rewards import Reward, judging, reward_name
 from trainer.policy.settings import PolicyTraining, RewardKind, Surrogate
 from trainer.provenance import commit, device_name, versions
+from trainer.recipes.cells import flops_of
 from trainer.recipes.data import StudentEngine
 from trainer.recipes.writing import Writing, require_causal
 from trainer.rollouts import VLLMRollouts, load_rollout_engine, student_generator
@@ -180,13 +181,8 @@ def _train(
     tenth = max(steps // 10, 1)
     result = {
         "reward": {"first": sum(rewards[:tenth]) / tenth, "last": sum(rewards[-tenth:]) / tenth},
-        "completion_tokens": trained.completion_tokens,
-        "tokens_per_s": trained.completion_tokens / trained.seconds,
-        "seconds": trained.seconds,
-        "flops": {
-            "by_phase": {str(phase): flops for phase, flops in ledger.by_phase().items()},
-            "marginal": ledger.marginal(),
-        },
+        **trained.facts(),
+        "flops": flops_of(ledger, build_flops=0, students=1),
     }
     write_json(out / "ledger.json", {"rows": ledger.to_json()})
     shutil.rmtree(out / "student", ignore_errors=True)  # a run killed between this and its result had saved it

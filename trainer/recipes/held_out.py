@@ -71,7 +71,7 @@ class OpenText:
         data, training = self.data, self.training
         student = open_student(data, self.model_dir, training)
         batches = held_out_batches(data, student, training)
-        measured = evaluate(student, batches, FlopLedger(), step=0)
+        measured = evaluate(student, batches, FlopLedger(), step=None)
         sequences = data.measured.read_tokens(
             data.split.held_out[: training.held_out_sequences], max_completion_tokens=training.window
         )
@@ -84,5 +84,6 @@ class OpenText:
             "top1_share": agreed.top1_share,
             "tokens": measured.tokens,
             "sequences": measured.sequences,
+            "flops": measured.flops,
             "tier": data.measured.tier,
         }

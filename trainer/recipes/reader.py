@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.errors import IdentityError
+from logitcache.flops import ModelShape
 from logitcache.identity import model_display_name, resolve_model, tokenizer_fingerprint, weights_fingerprint
 from logitcache.scoring import Scorer
 from logitcache.store.opening import SERVED
@@ -22,10 +23,12 @@ class TeacherAsReader:
 
     Attributes:
         identity: what decides its distributions.
+        shape: what running it costs follows from.
         load: puts it into memory, or gives the one that is served.
     """
 
     identity: Mapping[str, Any]
+    shape: ModelShape
     load: Callable[[], Scorer]
 
 
@@ -52,12 +55,14 @@ def find_reader(teacher: str, model_dir: Path, dtype: str) -> TeacherAsReader:
         served = open_scorer(teacher)
         found = served.facts["tokenizer"]
         identity = {name: served.facts[name] for name in ("name", "fingerprint", "dtype")}
-        reader = TeacherAsReader(identity=identity, load=lambda: served)
+        shape = ModelShape.from_config(served.facts["config"])
+        reader = TeacherAsReader(identity=identity, shape=shape, load=lambda: served)
     else:
         directory, name = resolve_model(teacher), model_display_name(teacher)
         found = vocabulary_of(directory)
         identity = {"name": name, "fingerprint": weights_fingerprint(directory), "dtype": dtype}
-        reader = TeacherAsReader(identity=identity, load=lambda: load_engine(directory, dtype=dtype))
+        shape = ModelShape.of(directory)
+        reader = TeacherAsReader(identity=identity, shape=shape, load=lambda: load_engine(directory, dtype=dtype))
     if found != vocabulary_of(model_dir):
         do = "name a teacher of the model's own tokenizer"
         raise IdentityError(f"--teacher {teacher} for {model_dir.name}", "it has another tokenizer", do)

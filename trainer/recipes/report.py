@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from logitcache.errors import UserError
+from logitcache.errors import UserError, require
 from trainer.report import COLOURS, flop_text, markdown_table, new_figure, require_plotting, text_table
 from trainer.runs import writing
 
@@ -69,8 +70,13 @@ class RunLog:
         return [(line["step"], line["flops"], line[name]) for line in self.lines if name in line]
 
 
-def run_report(runs: Sequence[Path], out: Path) -> dict[str, Any]:
+def run_report(runs: Sequence[Path], out: Path, *, price_per_hour: float | None = None) -> dict[str, Any]:
     """Write `OUT.md` and `OUT.png` of these runs, each the directory of one run or of a grid.
+
+    Args:
+        runs: their directories.
+        out: without ending.
+        price_per_hour: of the machine, for what a run's steps cost; any currency.
 
     Returns:
         `{"runs": the `run_facts` of each, "markdown": path, "plot": path, "table": for the screen}`.
@@ -79,9 +85,10 @@ def run_report(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         UserError: no metrics in a directory, a damaged line in the middle of a file, nothing to draw with, or
             nowhere to write.
     """
+    require(price_per_hour is None or 0 <= price_per_hour < inf, "--price-per-hour, 0 or more", price_per_hour)
     require_plotting()
     logs = [read_run(directory) for run in runs for directory in _directories(run)]
-    facts = [run_facts(log) for log in logs]
+    facts = [run_facts(log, price_per_hour) for log in logs]
     header, rows = runs_table(facts)
     plot, text = out.with_suffix(".png"), out.with_suffix(".md")
     note = f"Means over the last {LAST_STEPS} steps. Coarse: of top-k targets, lower bounds. Sampled: estimates."
@@ -145,12 +152,13 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def run_facts(log: RunLog) -> dict[str, Any]:
+def run_facts(log: RunLog, price_per_hour: float | None = None) -> dict[str, Any]:
     """What a run has come to, in numbers.
 
     Returns:
         Steps, done and `steps_planned`; `last_steps`, means over the newest ones; `window`, tokens; `held_out`, before
-        and after; `tokens_per_s`, the median; `data_wait_share` of the time; `flops`. None for what is not known.
+        and after; `tokens_per_s`, the median; `data_wait_share` of the time; `flops`; `seconds` of
+        its steps, `joules` of a finished run on a machine that counts them, `money`. None for what is not known.
     """
     held_out = (log.result or {}).get("held_out") or {}
     values = {name: [value for _, _, value in log.series(name)] for name in [*_MEASURED, "window", "tokens_per_s"]}
@@ -165,6 +173,9 @@ def run_facts(log: RunLog) -> dict[str, Any]:
         "tokens_per_s": median(values["tokens_per_s"]) if log.lines else None,
         "data_wait_share": sum(line["draw_s"] for line in log.lines) / seconds if seconds else None,
         "flops": log.lines[-1]["flops"] if log.lines else None,
+        "seconds": seconds,
+        "joules": (log.result or {}).get("joules"),
+        "money": None if price_per_hour is None else seconds / 3600 * price_per_hour,
     }
 
 
@@ -179,6 +190,9 @@ def runs_table(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
     columns["tokens/s"] = [_shown(run["tokens_per_s"], "{:.0f}") for run in runs]
     columns["data wait"] = [_shown(run["data_wait_share"], "{:.1%}") for run in runs]
     columns["FLOPs"] = ["" if run["flops"] is None else flop_text(run["flops"]) for run in runs]
+    columns["seconds"] = [_shown(run["seconds"], "{:.1f}") for run in runs]
+    columns["joules"] = [_shown(run["joules"], "{:.0f}") for run in runs]
+    columns["money"] = [_shown(run["money"], "{:.4g}") for run in runs]
     kept = {title: cells for title, cells in columns.items() if any(cells)}
     return list(kept), [list(row) for row in zip(*kept.values(), strict=True)]
 

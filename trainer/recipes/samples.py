@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 
 from logitcache.errors import UserError
+from logitcache.flops import ModelShape, forward
 from logitcache.problems import Problem
 from logitcache.records import FinishReason, TokenSequence
 from trainer.answers import Checked, Verdict
+from trainer.flops import rollout
 from trainer.own_text import OwnDistribution
 from trainer.scores import score_table
 
@@ -39,6 +41,7 @@ def sample_line(number: int, sequence: TokenSequence, own: OwnDistribution, text
         "sample": number,
         "verdict": str(checked.verdict),
         "answer": checked.answer,
+        "prompt_tokens": sequence.prompt_tokens,
         "completion_tokens": sequence.completion_tokens,
         "finish_reason": str(sequence.finish_reason),
         **{name: value for name, value in asdict(own).items() if value is not None},
@@ -131,6 +134,23 @@ def figures(lines: Sequence[Line], samples: int, ks: Sequence[int]) -> dict[str,
     }
 
 
+def flops_of_lines(
+    lines: Sequence[Line], shape: ModelShape, *, stop_tokens: int, teacher: ModelShape | None
+) -> dict[str, int]:
+    """What an evaluation took: the model that writes, the model that reads it again, the teacher that does.
+
+    Reading asks the model's head once for each stop token, and both heads twice where there is a teacher.
+    """
+    prompts, new = ([line[name] for line in lines] for name in ("prompt_tokens", "completion_tokens"))
+    lengths, rows = [a + b - 1 for a, b in zip(prompts, new, strict=True)], sum(new)
+    heads = stop_tokens + (0 if teacher is None else 2)
+    return {
+        "writing": rollout(shape, prompts, new, None),
+        "reading": forward(shape, lengths, head_rows=heads * rows),
+        "teacher": 0 if teacher is None else forward(teacher, lengths, head_rows=2 * rows),
+    }
+
+
 def described(result: Mapping[str, Any]) -> str:
     """A result of `trainer.recipes.evaluate` for people."""
     lines = [
@@ -144,6 +164,7 @@ def described(result: Mapping[str, Any]) -> str:
         f"{result['truncated_share']:.1%} truncated",
         f"entropy {result['entropy_nats']:.4f} nats, stop mass {result['eos_mass']:.4f}",
     ]
+    lines.append("FLOPs: " + ", ".join(f"{name} {flops:.4g}" for name, flops in result["flops"].items() if flops))
     for text, key in (("own text", "own_text"), ("held out", "held_out")):
         found = result.get(key) or {}
         lines += [f"{text}: {name} {value:.4f}" for name, value in found.items() if isinstance(value, float)]

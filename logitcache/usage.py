@@ -31,6 +31,18 @@ class Stopwatch:
     _since_s: float | None = field(default=None, init=False)
     _since_uj: dict[Path, int] = field(default_factory=dict, init=False)
 
+    @classmethod
+    def started(cls) -> Stopwatch:
+        """One whose first lap begins now."""
+        watch = cls()
+        watch.skip()
+        return watch
+
+    def stopped(self) -> dict[str, Any]:
+        """Its state after a last lap."""
+        self.lap()
+        return self.state()
+
     def lap(self) -> None:
         """Add what passed since the last lap or `skip`, if there was one."""
         before_s, before_uj = self._since_s, self._since_uj

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.usage import Stopwatch
+from logitcache.usage import Stopwatch
 
 
 def set_counters(powercap: Path, *microjoules: int) -> None:
