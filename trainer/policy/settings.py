@@ -111,6 +111,7 @@ class PolicyTraining:
         for name in ("steps", "prompts", "updates", "micro_batch_tokens"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')}, at least 1", value)
+        require(self.seed >= 0, "--seed, 0 or above", self.seed)
         require(self.group >= 2, "--group, at least 2: an answer is compared with others of its group", self.group)
         _ = self.optimisation  # valid once built
 
