@@ -71,7 +71,9 @@ def test_no_two_options_of_a_command_have_the_same_help(
 
 def interrupted(*words: str, before: str) -> tuple[int, str]:
     """A command that gets SIGINT where `before`, Python run first in its process, prints `here` and waits."""
-    code = f"import time\n{before}\nimport sys\nfrom {words[0]}.cli import main\nmain()"
+    # Where the tests themselves run in the background, children would inherit that SIGINT is ignored.
+    heard = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}\nimport time\n{before}\nimport sys\nfrom {words[0]}.cli import main\nmain()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
