@@ -79,7 +79,7 @@ def title(process: psutil.Process) -> str:
 
 def kill_one_when(done: int, out: Path, killed: list[int]) -> None:
     """Kill a worker's process as soon as `done` units are committed."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while time.monotonic() < end:
         try:
             committed = len(open_store(str(out)).committed().sequences)
