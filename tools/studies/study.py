@@ -100,18 +100,18 @@ class Size:
     sequences: int = 32
     learning_rate: float = 5e-4
     check_every: int = 20
-    floor: str = "0.04"
+    floor: str = "50%"
     grpo_steps: int = 40
     grpo_prompts: int = 16
     grpo_group: int = 8
     grpo_learning_rate: float = 1e-4
-    grpo_top_p: float = 0.95
+    grpo_top_p: float = 1.0
     seeds: tuple[int, ...] = (0, 1, 2)
     mixes: tuple[float, ...] = (0.0, 0.2, 0.5, 0.8, 1.0)
 
 
 SIZES = {
-    "full": Size(floor="50%", grpo_top_p=1.0),
+    "full": Size(),
     "quick": Size(
         problems=192,
         exam=24,
@@ -119,10 +119,8 @@ SIZES = {
         points=2,
         sequences=16,
         check_every=4,
-        floor="50%",
         grpo_steps=4,
         grpo_prompts=4,
-        grpo_top_p=1.0,
         seeds=(0,),
         mixes=(0.0, 0.8, 1.0),
     ),
