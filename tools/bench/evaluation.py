@@ -29,11 +29,11 @@ CHUNK = 64
 def main() -> None:
     """Write, check, keep."""
     chosen = options("evaluation", __doc__)
-    count, max_new_tokens = (16, 16) if chosen.quick else (500, 96)
+    count, max_new_tokens = (16, 16) if chosen.quick else (128, 96)
     sampling = Sampling(max_new_tokens=max_new_tokens)
     problems = load_benchmark(str(chosen.data / "math500.parquet"), limit=count)
     model_dir = resolve_model(EMBEDDED)
-    engine, tokenizer = load_engine(model_dir, dtype="float32"), load_tokenizer(model_dir)
+    engine, tokenizer = load_engine(model_dir, dtype="bfloat16"), load_tokenizer(model_dir)
     prompts = render_prompts(tokenizer, problems, PromptStyle())
     engine.generate(prompts[:2], Sampling(max_new_tokens=4))  # what is done once
     writing_s = checking_s = 0.0
@@ -60,7 +60,7 @@ def main() -> None:
         chosen,
         config={
             "model": model_display_name(EMBEDDED),
-            "dtype": "float32",
+            "dtype": "bfloat16",
             "problems": "math500",
             "answers": count,
             "max_new_tokens": max_new_tokens,
