@@ -14,7 +14,7 @@ from cyclopts import Parameter
 
 from logitcache.append import all_units
 from logitcache.cluster import RayCluster
-from logitcache.console import Progress, answer, command_line, leave, leave_at_once, run_command
+from logitcache.console import Progress, answer, command_line, leave, leave_at_once, parse_worker, run_command
 from logitcache.errors import UserError, require
 from logitcache.jobs import BuildRequest, build_cache, describe, score_cache
 from logitcache.prepare import PrepareRequest
@@ -63,7 +63,7 @@ def build(
         address: of a running Ray cluster; one is started on this machine by default.
         json: print one JSON object.
     """
-    number, of = _worker(worker)
+    number, of = parse_worker(worker)
     if cluster and of > 1:
         asked = f"--worker {worker} with --cluster {cluster}"
         raise UserError(asked, "the cluster shares the units out itself", "leave one of them out")
@@ -298,16 +298,6 @@ def main() -> None:
     """Entry point."""
     resume = "what was committed stays, and the same command goes on from there"
     leave(run_command(app, after_interrupt=resume))
-
-
-def _worker(text: str) -> tuple[int, int]:
-    number, _, workers = text.partition("/")
-    do = "write it as 1/4 for the first of four"
-    if not (number.isdecimal() and workers.isdecimal() and int(number) >= 1):
-        raise UserError(f"--worker {text}", "not a worker of several", do)
-    if int(number) > int(workers):
-        raise UserError(f"--worker {text}", f"{number} is beyond {workers}", do)
-    return int(number) - 1, int(workers)
 
 
 def _cluster(cluster: str | None, **options: Any) -> RayCluster | None:

@@ -81,6 +81,17 @@ def _misused(app: App, error: CycloptsError) -> UserError:
     return UserError(program, found, f"see {program} --help")
 
 
+def parse_worker(text: str) -> tuple[int, int]:
+    """A `--worker`: `1/4`, the first of four, is (0, 4). Raises UserError for what is none of several."""
+    number, _, workers = text.partition("/")
+    do = "write it as 1/4 for the first of four"
+    if not (number.isdecimal() and workers.isdecimal() and int(number) >= 1):
+        raise UserError(f"--worker {text}", "not a worker of several", do)
+    if int(number) > int(workers):
+        raise UserError(f"--worker {text}", f"{number} is beyond {workers}", do)
+    return int(number) - 1, int(workers)
+
+
 def leave(code: int) -> NoReturn:
     """End the process with this exit code, without tearing the interpreter down.
 

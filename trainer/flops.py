@@ -141,7 +141,7 @@ class FlopLedger:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         names = ("step", "phase", "flops", "hits", "misses")
-        FlopLedger.__init__(self, (_row(dict(zip(names, row, strict=False))) for row in state["rows"]))
+        FlopLedger.__init__(self, (_row(dict(zip(names, row, strict=True))) for row in state["rows"]))
 
     @classmethod
     def from_json(cls, rows: Sequence[Mapping[str, Any]] | str) -> FlopLedger:

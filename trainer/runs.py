@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -130,6 +130,20 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def lock_alone(file: IO[bytes], asked: str, do: str) -> None:
+    """Keep others from locking this file until it is closed; where a file system knows no locks, do nothing.
+
+    Raises:
+        UserError: another process has it: `asked`, and what to `do`.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(asked, "another process does so now", do) from error
+    except OSError:
+        pass
+
+
 class MetricsLog(AbstractContextManager["MetricsLog"]):
     """`metrics.jsonl`, a line per step. Its state is its length: restored, it forgets the lines after a checkpoint.
 
@@ -144,13 +158,10 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         with writing(path):
             self._file = path.open("ab", buffering=0)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            lock_alone(self._file, f"train in {path.parent}", "wait for it, or choose another --out")
+        except UserError:
             self._file.close()
-            do = "wait for it, or choose another --out"
-            raise UserError(f"train in {path.parent}", "another process does so now", do) from error
-        except OSError:
-            pass  # a file system that knows no locks
+            raise
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append a line; NaN and infinity, which are no JSON, are errors."""

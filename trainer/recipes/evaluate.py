@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from logitcache.console import note
+from logitcache.console import note, parse_worker
 from logitcache.errors import UserError, require
 from logitcache.flops import ModelShape
 from logitcache.identity import model_display_name, resolve_model, weights_fingerprint
@@ -65,11 +65,9 @@ class Share:
 
     @classmethod
     def parse(cls, text: str) -> Share:
-        """`1/4` is the first of four. Raises UserError for anything else."""
-        worker, _, workers = text.partition("/")
-        if not (worker.isdecimal() and workers.isdecimal() and 1 <= int(worker) <= int(workers)):
-            raise UserError(f"--worker {text}", "not a worker of several", "write it as 1/4 for the first of four")
-        return cls(worker=int(worker) - 1, workers=int(workers))
+        """See `parse_worker`."""
+        worker, workers = parse_worker(text)
+        return cls(worker=worker, workers=workers)
 
     @classmethod
     def of_torchrun(cls) -> Share:

@@ -7,7 +7,6 @@ cache follow from the lines alone, so shares that were made apart are summed up 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -26,6 +25,7 @@ from logitcache.records import FinishReason, TokenSequence
 from trainer.answers import Checked, Verdict
 from trainer.flops import rollout
 from trainer.own_text import OwnDistribution
+from trainer.runs import lock_alone
 from trainer.scores import score_table
 
 FILE = "samples.jsonl"
@@ -54,11 +54,8 @@ def sample_line(number: int, sequence: TokenSequence, own: OwnDistribution, text
 def only_writer(directory: Path) -> Iterator[None]:
     """Within it, no other process adds lines here. Raises UserError if one does already."""
     with (directory / FILE).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            do = "wait for it, choose another --out, or share the problems with --worker"
-            raise UserError(f"evaluate in {directory}", "another process does so now", do) from error
+        do = "wait for it, choose another --out, or share the problems with --worker"
+        lock_alone(file, f"evaluate in {directory}", do)
         yield
 
 
