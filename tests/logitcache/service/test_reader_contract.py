@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from logitcache.errors import IdentityError, UserError
 from logitcache.store import DiskCache, open_cache
+from tests.logitcache.readers import assert_serves_many_threads
 from tests.logitcache.service.conftest import Service
 from tests.logitcache.store.conftest import World
 from tests.logitcache.store.plain_codecs import counting_codec
@@ -116,10 +116,4 @@ def test_wrong_requests_are_one_line(opened: Open) -> None:
 
 
 def test_it_pickles_and_serves_many_threads(opened: Open) -> None:
-    reader = pickle.loads(pickle.dumps(opened("hidden")))
-    n = len(reader)
-    alone = [item.targets.hidden for item in reader.read(range(n))]
-    orders = [np.random.default_rng(seed).permutation(n) for seed in range(16)]
-    with ThreadPoolExecutor(8) as pool:
-        for order, items in zip(orders, pool.map(reader.read, orders), strict=True):
-            assert all(np.array_equal(item.targets.hidden, alone[i]) for i, item in zip(order, items, strict=True))
+    assert_serves_many_threads(pickle.loads(pickle.dumps(opened("hidden"))))

@@ -17,6 +17,7 @@ from logitcache.store import create
 from logitcache.store.envelope import Sealed, seal, unseal
 from logitcache.store.manifest import Manifest
 from logitcache.store.part_index import PartCache, PartLoader
+from tests.logitcache.readers import assert_serves_many_threads
 from tests.logitcache.store.plain_codecs import counting_codec, plain_codec
 
 
@@ -197,12 +198,7 @@ def test_a_reader_pickles_and_serves_many_threads(world, url):
     reader = world.open(url, targets="hidden", index_memory_bytes=1)
     if not url.startswith("memory"):
         reader = pickle.loads(pickle.dumps(reader))
-    n = len(reader)
-    alone = [item.targets.hidden for item in reader.read(range(n))]
-    orders = [np.random.default_rng(seed).permutation(n) for seed in range(16)]
-    with ThreadPoolExecutor(8) as pool:
-        for order, items in zip(orders, pool.map(reader.read, orders), strict=True):
-            assert all(np.array_equal(item.targets.hidden, alone[i]) for i, item in zip(order, items, strict=True))
+    assert_serves_many_threads(reader)
 
 
 def test_another_identity_is_refused_and_the_difference_named(world, url):
