@@ -74,8 +74,7 @@ class BudgetedPrefixes:
         if self.spent:
             self.abandoned_flops = drawn.marginal()
             return []
-        for row in drawn.rows:
-            ledger.add(row.phase, row.flops, step=row.step, hits=row.hits, misses=row.misses)
+        ledger.extend(drawn.rows)
         self._predicted = after
         return batches
 

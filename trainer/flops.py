@@ -86,8 +86,7 @@ class FlopLedger:
     def __init__(self, rows: Iterable[FlopRow] = ()) -> None:
         self._rows: list[FlopRow] = []
         self._totals = dict.fromkeys(Phase, 0)
-        for row in rows:
-            self._append(row)
+        self.extend(rows)
 
     @property
     def rows(self) -> tuple[FlopRow, ...]:
@@ -101,6 +100,11 @@ class FlopLedger:
         if flops < 0:
             raise ValueError(f"FLOPs of {phase}: got {flops}, expected 0 or more")
         self._append(FlopRow(step=step, phase=phase, flops=flops, hits=hits, misses=misses))
+
+    def extend(self, rows: Iterable[FlopRow]) -> None:
+        """Append another ledger's rows, as they are."""
+        for row in rows:
+            self._append(row)
 
     def _append(self, row: FlopRow) -> None:
         self._rows.append(row)
